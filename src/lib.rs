@@ -1,0 +1,6 @@
+//! quantflow turns a Hugging Face checkpoint into a quantized one.
+
+pub mod error;
+pub mod formats;
+pub mod model;
+pub mod numerics;

@@ -1,0 +1,103 @@
+//! What a solver returns and a format stores: integer codes on a per-group grid.
+//!
+//! Codes are final (law 7): a [`QuantizedWeight`] is the only carrier of codes, scales and zero points
+//! between solver, output file and forward pass; nothing is re-derived from dequantized weights.
+
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+/// The dtype in which scales are stored. Scales are rounded to it before any code is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleDtype {
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+    /// IEEE single precision
+    F32,
+}
+
+impl ScaleDtype {
+    /// Smallest positive scale that is used: a normal number of the dtype, so that `1 / scale` is finite.
+    pub fn min_positive(self) -> f64 {
+        match self {
+            Self::Bf16 | Self::F32 => f64::from(f32::MIN_POSITIVE),
+            Self::F16 => f64::from(f16::MIN_POSITIVE.to_f32()),
+        }
+    }
+
+    /// `value` rounded to the dtype, to nearest even, clamped to its positive normal range.
+    pub fn round(self, value: f64) -> f64 {
+        let rounded = match self {
+            Self::Bf16 => bf16::from_f64(value).to_f64(),
+            Self::F16 => f16::from_f64(value.min(f16::MAX.to_f64())).to_f64(),
+            Self::F32 => f64::from(value as f32),
+        };
+        rounded.max(self.min_positive())
+    }
+}
+
+/// The grid of one linear: what its codes mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grid {
+    /// 2, 3, 4 or 8
+    pub bits: u32,
+    /// Columns that share a scale; the number of columns itself for per-channel grids.
+    pub group_size: usize,
+    /// Symmetric grids have the zero point 2^(bits-1) everywhere.
+    pub symmetric: bool,
+    /// Storage dtype of the scales.
+    pub scale_dtype: ScaleDtype,
+}
+
+impl Grid {
+    /// Largest code: 2^bits - 1. The smallest is 0.
+    pub fn max_code(self) -> u8 {
+        ((1u32 << self.bits) - 1) as u8
+    }
+
+    /// Zero point of a symmetric grid: 2^(bits-1).
+    pub fn symmetric_zero(self) -> u8 {
+        (1u32 << (self.bits - 1)) as u8
+    }
+}
+
+/// The quantized weight of one linear: `w[r, c] = (code[r, c] - zero[r, g]) * scale[r, g]`, `g = c / group_size`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizedWeight {
+    /// What the codes mean.
+    pub grid: Grid,
+    /// Output features.
+    pub rows: usize,
+    /// Input features; a multiple of `grid.group_size`.
+    pub columns: usize,
+    /// `[rows, columns]`, row-major, in `0..=grid.max_code()`
+    pub codes: Vec<u8>,
+    /// `[rows, columns / group_size]`, each exactly representable in `grid.scale_dtype`
+    pub scales: Vec<f32>,
+    /// `[rows, columns / group_size]`, in `0..=grid.max_code()`; `2^(bits-1)` throughout if symmetric
+    pub zeros: Vec<u8>,
+}
+
+impl QuantizedWeight {
+    /// Groups in a row.
+    pub fn groups(&self) -> usize {
+        self.columns / self.grid.group_size
+    }
+
+    /// The weight that an inference kernel sees, `[rows, columns]` row-major, in f32.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.codes.len());
+        let groups = self.codes.chunks_exact(self.grid.group_size);
+        for ((codes, &scale), &zero) in groups.zip(&self.scales).zip(&self.zeros) {
+            let zero = i32::from(zero);
+            out.extend(
+                codes
+                    .iter()
+                    .map(|&code| (i32::from(code) - zero) as f32 * scale),
+            );
+        }
+        out
+    }
+}
