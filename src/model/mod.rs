@@ -1,2 +1,3 @@
 //! Models.
+pub mod families;
 pub mod spec;
