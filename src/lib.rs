@@ -5,7 +5,12 @@
 pub mod checkpoint;
 pub mod error;
 pub mod formats;
+pub mod ledger;
 pub mod model;
 pub mod numerics;
+pub mod operators;
+pub mod plan;
+pub mod recipe;
+pub mod report;
 pub mod statistics;
 pub mod storage;

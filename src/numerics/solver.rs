@@ -8,6 +8,7 @@ use super::gemm::{View, ViewMut, product};
 use super::refine::refine;
 use super::scales::{Scales, assemble, search};
 use super::{Grid, QuantizedWeight};
+use serde::{Deserialize, Serialize};
 
 /// Columns between two GEMMs of the sweep.
 const SWEEP_BLOCK: usize = 64;
@@ -22,7 +23,7 @@ pub struct GptqOptions {
 }
 
 /// Some rows of a linear, solved.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SolvedRows {
     /// Codes, scales and zero points of these rows.
     pub weight: QuantizedWeight,
