@@ -7,4 +7,5 @@ pub mod error;
 pub mod formats;
 pub mod model;
 pub mod numerics;
+pub mod statistics;
 pub mod storage;

@@ -2,7 +2,11 @@
 
 pub mod attention;
 pub mod elementwise;
+pub mod factor;
 pub mod gemm;
 mod quantized;
+mod refine;
+pub mod scales;
+pub mod solver;
 
 pub use quantized::{Grid, QuantizedWeight, ScaleDtype};
