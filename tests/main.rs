@@ -1,1 +1,4 @@
+//! The one integration binary: each file here is a module of it, and uses the public API only.
 
+mod families;
+mod golden;

@@ -1,14 +1,10 @@
 //! What all families share: the dimensions of a dense, gated, RMS-normed decoder, checked, as a [`ModelSpec`] that a
 //! family then completes; and which layers have a sliding window.
 
-use super::keys::{
-    Keys, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_NUMBER, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, shorten,
-};
+use super::keys::{Keys, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, shorten};
 use super::rope::{Context, Table};
 use crate::error::Result;
-use crate::model::spec::{
-    Activation, BlockSpec, LayerSpec, ModelSpec, NormSpec, TowerNames,
-};
+use crate::model::spec::{Activation, BlockSpec, LayerSpec, ModelSpec, NormSpec, TowerNames};
 
 /// Keys that only mixtures of experts have.
 const EXPERT_KEYS: [&str; 5] = [
@@ -117,11 +113,7 @@ pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
             heads,
             kv_heads,
             head_dim,
-            intermediate_size: keys.size(
-                "intermediate_size",
-                defaults.intermediate_size,
-                MAX_WIDTH,
-            )?,
+            intermediate_size: keys.size("intermediate_size", defaults.intermediate_size, MAX_WIDTH)?,
             activation: activation(keys, defaults)?,
             norm: NormSpec {
                 eps: eps as f32,
@@ -139,11 +131,7 @@ pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
     };
     let rope = Context {
         head_dim,
-        max_positions: keys.size(
-            "max_position_embeddings",
-            defaults.max_positions,
-            MAX_POSITIONS,
-        )?,
+        max_positions: keys.size("max_position_embeddings", defaults.max_positions, MAX_POSITIONS)?,
         theta: defaults.theta,
         original_positions: None,
         partial: false,
@@ -174,7 +162,7 @@ fn activation(keys: &Keys, defaults: &Defaults) -> Result<Activation> {
 
 /// A softcap: positive, or `null` for none.
 pub(super) fn softcap(keys: &Keys, key: &str, default: Option<f64>) -> Result<Option<f32>> {
-    let cap = keys.positive_or_null(key, default.filter(|cap| *cap <= MAX_NUMBER))?;
+    let cap = keys.positive_or_null(key, default)?;
     Ok(cap.map(|cap| cap as f32))
 }
 
@@ -195,14 +183,20 @@ pub(super) fn set_windows(
                 "sliding_attention" => Ok(true),
                 other => Err(keys.error(
                     "layer_types",
-                    format!("has {}, supported are full_attention and sliding_attention", shorten(other)),
+                    format!(
+                        "has {}, supported are full_attention and sliding_attention",
+                        shorten(other)
+                    ),
                 )),
             })
             .collect::<Result<_>>()?,
         Some(types) => {
             return Err(keys.error(
                 "layer_types",
-                format!("has {} entries, expected `num_hidden_layers` = {layers}", types.len()),
+                format!(
+                    "has {} entries, expected `num_hidden_layers` = {layers}",
+                    types.len()
+                ),
             ));
         }
     };

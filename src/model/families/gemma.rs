@@ -48,8 +48,7 @@ pub(super) fn parse_gemma2(keys: &Keys) -> Result<ModelSpec> {
     let mut dense = read(keys, &GEMMA2, |i| i % 2 == 0)?;
     dense.spec.block.attention_softcap =
         dense::softcap(keys, "attn_logit_softcapping", Some(ATTENTION_SOFTCAP))?;
-    dense.spec.final_softcap =
-        dense::softcap(keys, "final_logit_softcapping", Some(FINAL_SOFTCAP))?;
+    dense.spec.final_softcap = dense::softcap(keys, "final_logit_softcapping", Some(FINAL_SOFTCAP))?;
     let table = rope::shared(keys, dense.rope)?;
     Ok(dense.with_rope(table))
 }
@@ -141,7 +140,10 @@ fn embedding_scale(keys: &Keys, hidden_size: usize) -> Result<f32> {
         "float32" => Ok(scale),
         other => Err(keys.error(
             key,
-            format!("is {}, supported are bfloat16, float16 and float32", shorten(other)),
+            format!(
+                "is {}, supported are bfloat16, float16 and float32",
+                shorten(other)
+            ),
         )),
     }
 }

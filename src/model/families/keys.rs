@@ -149,12 +149,8 @@ impl<'a> Keys<'a> {
             return Err(self.error(key, format!("is missing, expected {length} numbers")));
         };
         match value.as_array() {
-            Some(list) if list.len() == length => {
-                list.iter().map(|entry| self.checked(key, entry)).collect()
-            }
-            Some(list) => {
-                Err(self.error(key, format!("has {} entries, expected {length}", list.len())))
-            }
+            Some(list) if list.len() == length => list.iter().map(|entry| self.checked(key, entry)).collect(),
+            Some(list) => Err(self.error(key, format!("has {} entries, expected {length}", list.len()))),
             None => Err(self.wrong(key, value, format!("a list of {length} numbers"))),
         }
     }

@@ -33,11 +33,7 @@ struct Family {
 }
 
 impl Family {
-    const fn text(
-        architecture: Option<&'static str>,
-        model_type: &'static str,
-        parse: Parser,
-    ) -> Self {
+    const fn text(architecture: Option<&'static str>, model_type: &'static str, parse: Parser) -> Self {
         Self {
             architecture,
             model_type,
@@ -46,11 +42,7 @@ impl Family {
         }
     }
 
-    const fn vision(
-        architecture: &'static str,
-        model_type: &'static str,
-        parse: Parser,
-    ) -> Self {
+    const fn vision(architecture: &'static str, model_type: &'static str, parse: Parser) -> Self {
         Self {
             architecture: Some(architecture),
             model_type,
@@ -90,12 +82,16 @@ pub fn supported() -> impl Iterator<Item = &'static str> {
 /// The family is the first entry of `architectures`, or `model_type` where there are none.
 pub fn parse(config: &Value) -> Result<ModelSpec> {
     let keys = Keys::root(config)?;
-    let architecture = keys.texts("architectures")?.and_then(|list| list.first().copied());
+    let architecture = keys
+        .texts("architectures")?
+        .and_then(|list| list.first().copied());
     let model_type = keys.text("model_type")?;
     let (family, name) = match (architecture, model_type) {
         (Some(name), _) => (FAMILIES.iter().find(|f| f.architecture == Some(name)), name),
         (None, Some(name)) => (
-            FAMILIES.iter().find(|f| f.architecture.is_some() && f.model_type == name),
+            FAMILIES
+                .iter()
+                .find(|f| f.architecture.is_some() && f.model_type == name),
             name,
         ),
         (None, None) => return Err(keys.error("architectures", "and `model_type` are missing")),

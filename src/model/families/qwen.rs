@@ -75,13 +75,12 @@ pub(super) fn parse_qwen3_vl(keys: &Keys) -> Result<ModelSpec> {
 
 fn windowed(keys: &Keys, defaults: &Defaults, first_windowed: usize) -> Result<ModelSpec> {
     let mut dense = dense::read(keys, defaults)?;
-    let window = keys.size_or_null("sliding_window", Some(WINDOW), MAX_POSITIONS)?;
-    let window = window.filter(|_| matches!(keys.flag("use_sliding_window", false), Ok(true)));
-    keys.flag("use_sliding_window", false)?;
+    let in_use = keys.flag("use_sliding_window", false)?;
+    let window = keys
+        .size_or_null("sliding_window", Some(WINDOW), MAX_POSITIONS)?
+        .filter(|_| in_use);
     let first = keys.count("max_window_layers", first_windowed, MAX_LAYERS)?;
-    dense::set_windows(keys, &mut dense.spec, window, |i| {
-        window.is_some() && i >= first
-    })?;
+    dense::set_windows(keys, &mut dense.spec, window, |i| window.is_some() && i >= first)?;
     let table = rope::shared(keys, dense.rope)?;
     Ok(dense.with_rope(table))
 }

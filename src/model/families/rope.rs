@@ -167,9 +167,7 @@ pub(super) fn table(
 /// theta^(2i / dim) for each pair.
 fn bases(theta: f64, dim: usize) -> Vec<f32> {
     let exponent = |i: usize| (2 * i) as f32 / dim as f32;
-    (0..dim / 2)
-        .map(|i| (theta as f32).powf(exponent(i)))
-        .collect()
+    (0..dim / 2).map(|i| (theta as f32).powf(exponent(i))).collect()
 }
 
 /// What the scalings share.
@@ -247,9 +245,7 @@ impl Scaling<'_> {
         let attention_factor = self.or("attention_factor", inferred)?;
 
         let dim = 2.0 * self.base.len() as f64;
-        let pair_of = |turns: f64| {
-            dim * (self.original / (turns * TAU)).ln() / (2.0 * self.theta.ln())
-        };
+        let pair_of = |turns: f64| dim * (self.original / (turns * TAU)).ln() / (2.0 * self.theta.ln());
         let mut low = pair_of(self.or("beta_fast", YARN_BETA_FAST)?);
         let mut high = pair_of(self.or("beta_slow", YARN_BETA_SLOW)?);
         if self.parameters.flag("truncate", true)? {

@@ -106,7 +106,10 @@ fn parse(outer: &Keys, wrapping: &Wrapping) -> Result<ModelSpec> {
         .ok_or_else(|| {
             text.error(
                 "model_type",
-                format!("is {}, a text tower that is not supported here", shorten(text_type)),
+                format!(
+                    "is {}, a text tower that is not supported here",
+                    shorten(text_type)
+                ),
             )
         })?;
 
