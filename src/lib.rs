@@ -2,6 +2,7 @@
 //! See `ARCHITECTURE.md` for the graph and the laws; imports go one way:
 //! numerics, formats, checkpoint ← model, statistics ← operators ← pipelines ← cli.
 
+pub mod calibration;
 pub mod checkpoint;
 pub mod error;
 pub mod formats;
@@ -14,3 +15,6 @@ pub mod recipe;
 pub mod report;
 pub mod statistics;
 pub mod storage;
+
+#[path = "../pipelines/mod.rs"]
+pub mod pipelines;
