@@ -103,3 +103,21 @@ pub fn by_name(name: &str) -> Result<Box<dyn Format>> {
         )),
     }
 }
+
+/// The format of a checkpoint's `quantization_config`.
+///
+/// # Errors
+/// A method or layout that cannot be read.
+pub fn detect(config: &serde_json::Value) -> Result<Box<dyn Format>> {
+    let text = |key: &str| config.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+    match (text("quant_method"), text("checkpoint_format")) {
+        ("compressed-tensors", _) => Ok(Box::new(CompressedTensors)),
+        ("gptq", "gptq" | "") => Ok(Box::new(Gptq::V1)),
+        ("gptq", "gptq_v2") => Ok(Box::new(Gptq::V2)),
+        (method, layout) => Err(Error::invalid(
+            "quantization_config",
+            format!("quant_method {method:?} with checkpoint_format {layout:?} cannot be read"),
+            format!("readable are {}", NAMES.join(", ")),
+        )),
+    }
+}
