@@ -7,6 +7,9 @@
 mod bits;
 mod compressed_tensors;
 mod gptq;
+mod gptq_config;
+mod raw;
+mod schemes;
 
 pub use compressed_tensors::CompressedTensors;
 pub use gptq::Gptq;

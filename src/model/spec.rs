@@ -18,6 +18,8 @@ pub struct ModelSpec {
     pub embedding_scale: Option<f32>,
     /// logits = cap * tanh(logits / cap)
     pub final_softcap: Option<f32>,
+    /// Longest sequence that [`BlockSpec::ropes`] hold for, where longer ones need other frequencies (longrope, dynamic).
+    pub max_sequence: Option<usize>,
     /// Shared by all blocks.
     pub block: BlockSpec,
     /// One entry a decoder layer.

@@ -1,5 +1,12 @@
 //! Mathematics on slices: no timely, no files, no checkpoint names.
 
+pub mod attention;
+pub mod elementwise;
+pub mod factor;
+pub mod gemm;
 mod quantized;
+mod refine;
+pub mod scales;
+pub mod solver;
 
 pub use quantized::{Grid, QuantizedWeight, ScaleDtype};

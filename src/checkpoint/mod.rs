@@ -1,0 +1,10 @@
+//! A Hugging Face directory: `config.json`, safetensors shards (memory-mapped, headers checked) and the files
+//! beside them. Nothing here knows a model's layout; nothing is trusted before it is checked.
+
+mod output;
+mod shards;
+
+pub(crate) use output::hex;
+pub use output::{OutputLayout, OutputWriter, Placement, copy_tensors};
+pub(crate) use shards::read_json;
+pub use shards::{Checkpoint, TensorView};

@@ -1,0 +1,237 @@
+//! One decoder block, driven by [`BlockSpec`]: a chain of stages cut at its sites, so that a linear can be quantized as
+//! soon as its input is at hand and runs once, with its quantized weight.
+//!
+//! ```text
+//! residual ─enter─► [qkv] ─attend─► [o] ─join_attention─► residual ─mlp_input─► [gate_up] ─gate─► [down] ─join_mlp─► residual
+//! ```
+//! Activations are `[tokens, width]` in f32; tokens are those of whole sequences of one length.
+
+use super::ops;
+use super::rotary::Rotary;
+use super::spec::{BlockSpec, LayerSpec};
+use crate::numerics::attention::AttentionShape;
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// A distinct input of a block, named by the linears that it feeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SiteKind {
+    /// Input of q, k and v: the normed residual.
+    Qkv,
+    /// Input of the attention's output projection.
+    O,
+    /// Input of gate and up: the normed residual.
+    GateUp,
+    /// Input of the MLP's down projection.
+    Down,
+}
+
+impl SiteKind {
+    /// In the order in which a block reaches them.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+}
+
+/// A linear of a block, by the name it has below `layers.{i}.`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// `self_attn.q_proj`, …
+    pub name: &'static str,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub columns: usize,
+}
+
+impl BlockSpec {
+    /// The linears that the input at `site` feeds.
+    pub fn linears(&self, site: SiteKind) -> Vec<LinearSpec> {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let linear = |name, rows, columns| LinearSpec { name, rows, columns };
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        match site {
+            SiteKind::Qkv if self.fused_qkv => vec![linear("self_attn.qkv_proj", q + 2 * kv, hidden)],
+            SiteKind::Qkv => vec![
+                linear("self_attn.q_proj", q, hidden),
+                linear("self_attn.k_proj", kv, hidden),
+                linear("self_attn.v_proj", kv, hidden),
+            ],
+            SiteKind::O => vec![linear("self_attn.o_proj", hidden, q)],
+            SiteKind::GateUp if self.fused_gate_up => vec![linear("mlp.gate_up_proj", 2 * inner, hidden)],
+            SiteKind::GateUp => vec![
+                linear("mlp.gate_proj", inner, hidden),
+                linear("mlp.up_proj", inner, hidden),
+            ],
+            SiteKind::Down => vec![linear("mlp.down_proj", hidden, inner)],
+        }
+    }
+
+    /// Width of the input at `site`.
+    pub fn site_width(&self, site: SiteKind) -> usize {
+        match site {
+            SiteKind::Qkv | SiteKind::GateUp => self.hidden_size,
+            SiteKind::O => self.heads * self.head_dim,
+            SiteKind::Down => self.intermediate_size,
+        }
+    }
+}
+
+/// Weight `[rows, columns]` in f32 and an optional bias `[rows]`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// `[rows, columns]`
+    pub weight: Tensor,
+    /// `[rows]`
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// x Wᵀ + b
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = x.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// RMS norm weights of a block; the unit offset, where a family has one, is already added.
+#[derive(Clone, Debug)]
+pub struct Norms {
+    /// Before the attention.
+    pub input: Tensor,
+    /// Before the MLP.
+    pub mlp: Tensor,
+    /// On the attention's and the MLP's output (sandwich norms).
+    pub outputs: Option<(Tensor, Tensor)>,
+    /// On each query and key head.
+    pub query_key: Option<(Tensor, Tensor)>,
+}
+
+/// A block without its linears: those are passed to each stage, original or quantized.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// What is the same in every block.
+    pub spec: Arc<BlockSpec>,
+    /// What is this layer's own.
+    pub layer: LayerSpec,
+    /// The layer's rotary table.
+    pub rotary: Option<Arc<Rotary>>,
+    /// Norm weights.
+    pub norms: Norms,
+}
+
+impl Block {
+    fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        candle_nn::ops::rms_norm(x, weight, self.spec.norm.eps)
+    }
+
+    /// residual → input of qkv
+    pub fn enter(&self, residual: &Tensor) -> Result<Tensor> {
+        self.norm(residual, &self.norms.input)
+    }
+
+    /// input of qkv → input of o. `length` is that of one sequence.
+    pub fn attend(&self, x: &Tensor, linears: &[Linear], length: usize) -> Result<Tensor> {
+        let spec = &self.spec;
+        let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let (q, k, v) = match linears {
+            [fused] => {
+                let y = fused.forward(x)?;
+                (
+                    y.narrow(1, 0, q_width)?.contiguous()?,
+                    y.narrow(1, q_width, kv_width)?.contiguous()?,
+                    y.narrow(1, q_width + kv_width, kv_width)?.contiguous()?,
+                )
+            }
+            [q, k, v] => (q.forward(x)?, k.forward(x)?, v.forward(x)?),
+            other => candle_core::bail!("attention takes 1 or 3 linears, not {}", other.len()),
+        };
+        let (q_norm, k_norm) = self.norms.query_key.as_ref().map(|(q, k)| (q, k)).unzip();
+        let q = self.position(&q, spec.heads, q_norm, length)?;
+        let k = self.position(&k, spec.kv_heads, k_norm, length)?;
+        let shape = AttentionShape {
+            length,
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            scale: spec.attention_scale,
+            softcap: spec.attention_softcap,
+            window: self.layer.window,
+        };
+        ops::attention(&q, &k, &v, shape)
+    }
+
+    /// Head norm and rotary embedding of `[tokens, heads * head_dim]`.
+    fn position(&self, x: &Tensor, heads: usize, norm: Option<&Tensor>, length: usize) -> Result<Tensor> {
+        let (tokens, width) = x.dims2()?;
+        let head_dim = self.spec.head_dim;
+        let mut x = x.reshape((tokens, heads, head_dim))?;
+        if let Some(weight) = norm {
+            x = self.norm(&x, weight)?;
+        }
+        if let Some(rotary) = &self.rotary {
+            x = rotary.apply(&x.reshape((tokens / length, length, heads, head_dim))?)?;
+        }
+        x.reshape((tokens, width))
+    }
+
+    /// residual and input of o → residual after the attention
+    pub fn join_attention(&self, residual: &Tensor, x: &Tensor, linears: &[Linear]) -> Result<Tensor> {
+        let norm = self.norms.outputs.as_ref().map(|(attention, _)| attention);
+        self.join(residual, x, linears, norm)
+    }
+
+    /// residual after the attention → input of gate and up
+    pub fn mlp_input(&self, residual: &Tensor) -> Result<Tensor> {
+        self.norm(residual, &self.norms.mlp)
+    }
+
+    /// input of gate and up → input of down
+    pub fn gate(&self, x: &Tensor, linears: &[Linear]) -> Result<Tensor> {
+        let (gate, up) = match linears {
+            [fused] => {
+                let y = fused.forward(x)?;
+                let inner = self.spec.intermediate_size;
+                (y.narrow(1, 0, inner)?.contiguous()?, y.narrow(1, inner, inner)?.contiguous()?)
+            }
+            [gate, up] => (gate.forward(x)?, up.forward(x)?),
+            other => candle_core::bail!("an MLP takes 1 or 2 linears before down, not {}", other.len()),
+        };
+        ops::gated(&gate, &up, self.spec.activation)
+    }
+
+    /// residual after the attention and input of down → residual after the block
+    pub fn join_mlp(&self, residual: &Tensor, x: &Tensor, linears: &[Linear]) -> Result<Tensor> {
+        let norm = self.norms.outputs.as_ref().map(|(_, mlp)| mlp);
+        self.join(residual, x, linears, norm)
+    }
+
+    fn join(&self, residual: &Tensor, x: &Tensor, linears: &[Linear], norm: Option<&Tensor>) -> Result<Tensor> {
+        let [linear] = linears else {
+            candle_core::bail!("an output projection is one linear, not {}", linears.len());
+        };
+        let mut y = linear.forward(x)?;
+        if let Some(weight) = norm {
+            y = self.norm(&y, weight)?;
+        }
+        residual + y
+    }
+
+    /// The whole block: `linears(site)` gives the linears of each site.
+    pub fn forward<'a>(
+        &self,
+        residual: &Tensor,
+        length: usize,
+        linears: impl Fn(SiteKind) -> &'a [Linear],
+    ) -> Result<Tensor> {
+        let x = self.enter(residual)?;
+        let x = self.attend(&x, linears(SiteKind::Qkv), length)?;
+        let residual = self.join_attention(residual, &x, linears(SiteKind::O))?;
+        let x = self.mlp_input(&residual)?;
+        let x = self.gate(&x, linears(SiteKind::GateUp))?;
+        self.join_mlp(&residual, &x, linears(SiteKind::Down))
+    }
+}

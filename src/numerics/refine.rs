@@ -1,0 +1,177 @@
+//! Scale refit and coordinate descent after the sweep: each step can only lower tr(E H_d Eᵀ), E = W* − Q.
+
+use super::Grid;
+use super::factor::Factor;
+use super::gemm::{View, ViewMut, product};
+use super::scales::Scales;
+
+/// Columns between two updates of the gradient by GEMM.
+const DESCENT_BLOCK: usize = 64;
+
+/// Improves `codes` (`[width, lanes]`, original order) and `scales` in place; returns the final tr(E H_d Eᵀ).
+pub fn refine(
+    target: &[f64],
+    codes: &mut [f64],
+    scales: &mut Scales,
+    factor: &Factor,
+    grid: Grid,
+    rounds: usize,
+) -> f64 {
+    let lanes = target.len() / factor.width;
+    let mut state = State {
+        lanes,
+        width: factor.width,
+        hessian: &factor.hessian,
+        grid,
+        errors: vec![0.0; target.len()],
+        gradient: vec![0.0; target.len()],
+    };
+    state.reset(target, codes, scales);
+    for _ in 0..rounds {
+        state.refit_scales(codes, scales);
+        state.reset(target, codes, scales);
+        state.descend(codes, scales);
+    }
+    state.errors.iter().zip(&state.gradient).map(|(e, g)| e * g).sum()
+}
+
+struct State<'a> {
+    lanes: usize,
+    width: usize,
+    hessian: &'a [f64],
+    grid: Grid,
+    /// E, `[width, lanes]`
+    errors: Vec<f64>,
+    /// H_d E, `[width, lanes]`
+    gradient: Vec<f64>,
+}
+
+impl State<'_> {
+    fn reset(&mut self, target: &[f64], codes: &[f64], scales: &Scales) {
+        let lanes = self.lanes;
+        for c in 0..self.width {
+            let g = c / self.grid.group_size * lanes;
+            for lane in 0..lanes {
+                let at = c * lanes + lane;
+                self.errors[at] = target[at] - (codes[at] - scales.zero[g + lane]) * scales.scale[g + lane];
+            }
+        }
+        product(
+            ViewMut::rows(&mut self.gradient, self.width, lanes, lanes),
+            0.0,
+            View::rows(self.hessian, self.width, self.width, self.width),
+            View::rows(&self.errors, self.width, lanes, lanes),
+            1.0,
+        );
+    }
+
+    /// Δs = (c · γ_g) / (cᵀ H_gg c) for each lane and group, c the centred codes of the group. Groups are refitted from
+    /// one gradient, each step halved in effect by later ones; a group whose step is not an improvement keeps its scale.
+    fn refit_scales(&mut self, codes: &[f64], scales: &mut Scales) {
+        let (lanes, group) = (self.lanes, self.grid.group_size);
+        let mut centred = vec![0.0; group * lanes];
+        let mut curved = vec![0.0; group * lanes];
+        for g in 0..self.width / group {
+            let begin = g * group;
+            for i in 0..group {
+                for lane in 0..lanes {
+                    centred[i * lanes + lane] = codes[(begin + i) * lanes + lane] - scales.zero[g * lanes + lane];
+                }
+            }
+            product(
+                ViewMut::rows(&mut curved, group, lanes, lanes),
+                0.0,
+                View::rows(&self.hessian[begin * self.width + begin..], group, group, self.width),
+                View::rows(&centred, group, lanes, lanes),
+                1.0,
+            );
+            let mut change = vec![0.0; lanes];
+            for (lane, change) in change.iter_mut().enumerate() {
+                let column = |values: &[f64]| -> f64 {
+                    (0..group).map(|i| values[i * lanes + lane] * centred[i * lanes + lane]).sum()
+                };
+                let (slope, curvature) = (column(&self.gradient[begin * lanes..]), column(&curved));
+                if curvature > 0.0 {
+                    let old = scales.scale[g * lanes + lane];
+                    let new = old + slope / curvature;
+                    if new > 0.0 {
+                        let new = self.grid.scale_dtype.round(new);
+                        let step = new - old;
+                        // Rounded, the step must still lower the error: -2 slope Δ + curvature Δ².
+                        if step * (curvature * step - 2.0 * slope) < 0.0 {
+                            scales.scale[g * lanes + lane] = new;
+                            *change = step;
+                        }
+                    }
+                }
+            }
+            self.shift_group(begin, &centred, &change);
+        }
+    }
+
+    /// The gradient and errors after the scales of the group at `begin` moved by `change`.
+    fn shift_group(&mut self, begin: usize, centred: &[f64], change: &[f64]) {
+        let (lanes, group) = (self.lanes, self.grid.group_size);
+        let moved: Vec<f64> = centred.chunks_exact(lanes).flat_map(|row| row.iter().zip(change).map(|(c, d)| c * d)).collect();
+        for (error, m) in self.errors[begin * lanes..].iter_mut().zip(&moved) {
+            *error -= m;
+        }
+        product(
+            ViewMut::rows(&mut self.gradient, self.width, lanes, lanes),
+            1.0,
+            View::rows(&self.hessian[begin..], self.width, group, self.width),
+            View::rows(&moved, group, lanes, lanes),
+            -1.0,
+        );
+    }
+
+    /// One pass of coordinate descent: each code moves to the grid point nearest to its conditional minimum.
+    fn descend(&mut self, codes: &mut [f64], scales: &Scales) {
+        let lanes = self.lanes;
+        let max_code = f64::from(self.grid.max_code());
+        let mut moved = vec![0.0; DESCENT_BLOCK * lanes];
+        for begin in (0..self.width).step_by(DESCENT_BLOCK) {
+            let block = DESCENT_BLOCK.min(self.width - begin);
+            for i in 0..block {
+                let column = begin + i;
+                let g = column / self.grid.group_size * lanes;
+                let (scale, zero) = (&scales.scale[g..][..lanes], &scales.zero[g..][..lanes]);
+                let row = &self.hessian[column * self.width + begin..][..block];
+                let inverse = row[i].recip();
+                let codes = &mut codes[column * lanes..][..lanes];
+                let moved = &mut moved[i * lanes..][..lanes];
+                let (mine, gradient) = (column * lanes, &mut self.gradient[..]);
+                let errors = &mut self.errors[mine..][..lanes];
+                pulp::Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for lane in 0..lanes {
+                            let value = (codes[lane] - zero[lane]) * scale[lane];
+                            let wanted = value + gradient[mine + lane] * inverse;
+                            let code = (wanted / scale[lane] + zero[lane]).round_ties_even().max(0.0).min(max_code);
+                            let step = (code - codes[lane]) * scale[lane];
+                            codes[lane] = code;
+                            errors[lane] -= step;
+                            moved[lane] = step;
+                        }
+                        // The rest of the block sees the move now, the other blocks after it.
+                        for (k, &h) in row.iter().enumerate() {
+                            for (value, &m) in gradient[(begin + k) * lanes..][..lanes].iter_mut().zip(moved.iter()) {
+                                *value -= h * m;
+                            }
+                        }
+                    },
+                );
+            }
+            for (first, rows) in [(0, begin), (begin + block, self.width - begin - block)] {
+                product(
+                    ViewMut::rows(&mut self.gradient[first * lanes..], rows, lanes, lanes),
+                    1.0,
+                    View::rows(&self.hessian[first * self.width + begin..], rows, block, self.width),
+                    View::rows(&moved, block, lanes, lanes),
+                    -1.0,
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The activation store: what lies between two stages, per batch and stream. Resident up to a budget, in a scratch
+//! file beyond it.
+
+use crate::error::{Error, Result};
+use crate::storage::ScratchFile;
+use bytemuck::cast_slice;
+use candle_core::{Device, Tensor};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Which model an activation belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stream {
+    /// The model with the blocks so far quantized.
+    Quantized,
+    /// The model as it came.
+    Original,
+}
+
+/// What is kept of a batch between stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Slot {
+    /// The residual stream, in f32.
+    Residual,
+    /// The next site's input, in the model's own dtype: a 16-bit model computes it in 16 bits at run time, too.
+    SiteInput,
+}
+
+/// Whose activation: batch position (the probe has [`PROBE`]), stream, slot.
+pub type Key = (usize, Stream, Slot);
+
+/// Batch position of the probe.
+pub const PROBE: usize = usize::MAX;
+
+/// How [`Slot::SiteInput`] is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+    /// IEEE single precision
+    F32,
+}
+
+#[derive(Debug)]
+struct Entry {
+    rows: usize,
+    columns: usize,
+    precision: Precision,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Resident(Vec<u8>),
+    /// Offset in the scratch file.
+    Spilled(u64),
+}
+
+/// A worker's activations.
+#[derive(Debug)]
+pub struct ActivationStore {
+    entries: BTreeMap<Key, Entry>,
+    /// Room in the scratch file of entries that were spilled once, by key: it is used again.
+    rooms: BTreeMap<Key, (u64, usize)>,
+    resident: usize,
+    resident_max: usize,
+    site_precision: Precision,
+    folder: PathBuf,
+    scratch: Option<ScratchFile>,
+    scratch_end: u64,
+}
+
+impl ActivationStore {
+    /// A store that keeps at most `resident_max` bytes in memory and the rest in a nameless file in `folder`.
+    pub fn new(folder: &Path, resident_max: usize, site_precision: Precision) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            rooms: BTreeMap::new(),
+            resident: 0,
+            resident_max,
+            site_precision,
+            folder: folder.to_owned(),
+            scratch: None,
+            scratch_end: 0,
+        }
+    }
+
+    /// Keeps `value`, `[rows, columns]` f32, under `key`, in place of what was there.
+    pub fn put(&mut self, key: Key, value: &Tensor) -> Result<()> {
+        self.forget(key);
+        let (rows, columns) = value.dims2()?;
+        let values = value.flatten_all()?.to_vec1::<f32>()?;
+        let precision = match key.2 {
+            Slot::Residual => Precision::F32,
+            Slot::SiteInput => self.site_precision,
+        };
+        let bytes: Vec<u8> = match precision {
+            Precision::F32 => cast_slice(&values).to_vec(),
+            Precision::Bf16 => {
+                let mut narrow = vec![bf16::ZERO; values.len()];
+                narrow.convert_from_f32_slice(&values);
+                cast_slice(narrow.reinterpret()).to_vec()
+            }
+            Precision::F16 => {
+                let mut narrow = vec![f16::ZERO; values.len()];
+                narrow.convert_from_f32_slice(&values);
+                cast_slice(narrow.reinterpret()).to_vec()
+            }
+        };
+        let place = if self.resident + bytes.len() <= self.resident_max {
+            self.resident += bytes.len();
+            Place::Resident(bytes)
+        } else {
+            Place::Spilled(self.spill(key, &bytes)?)
+        };
+        let entry = Entry {
+            rows,
+            columns,
+            precision,
+            place,
+        };
+        self.entries.insert(key, entry);
+        Ok(())
+    }
+
+    fn spill(&mut self, key: Key, bytes: &[u8]) -> Result<u64> {
+        let scratch = match &mut self.scratch {
+            Some(scratch) => scratch,
+            none => none.insert(ScratchFile::create(&self.folder)?),
+        };
+        let offset = match self.rooms.get(&key) {
+            Some(&(offset, room)) if room >= bytes.len() => offset,
+            _ => {
+                let offset = self.scratch_end;
+                self.scratch_end += bytes.len() as u64;
+                self.rooms.insert(key, (offset, bytes.len()));
+                offset
+            }
+        };
+        scratch.write_at(bytes, offset)?;
+        Ok(offset)
+    }
+
+    /// What was kept under `key`, in f32.
+    ///
+    /// # Errors
+    /// Nothing was, or the scratch file cannot be read.
+    pub fn get(&self, key: Key) -> Result<Tensor> {
+        self.find(key)?.ok_or_else(|| {
+            Error::invalid(format!("activation {key:?}"), "is not in the store", "this is a bug in quantflow: please report it")
+        })
+    }
+
+    /// As [`Self::get`]; `None` where nothing was kept.
+    pub fn find(&self, key: Key) -> Result<Option<Tensor>> {
+        let Some(entry) = self.entries.get(&key) else {
+            return Ok(None);
+        };
+        let count = entry.rows * entry.columns;
+        let read;
+        let bytes: &[u8] = match (&entry.place, &self.scratch) {
+            (Place::Resident(bytes), _) => bytes,
+            (Place::Spilled(offset), Some(scratch)) => {
+                let width = if entry.precision == Precision::F32 { 4 } else { 2 };
+                let mut buffer = vec![0; count * width];
+                scratch.read_at(&mut buffer, *offset)?;
+                read = buffer;
+                &read
+            }
+            (Place::Spilled(_), None) => return Ok(None),
+        };
+        let mut values = vec![0f32; count];
+        match entry.precision {
+            Precision::F32 => bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes),
+            Precision::Bf16 => widen(bytes, bf16::from_bits, |wide| wide.convert_to_f32_slice(&mut values)),
+            Precision::F16 => widen(bytes, f16::from_bits, |wide| wide.convert_to_f32_slice(&mut values)),
+        }
+        Ok(Some(Tensor::from_vec(values, (entry.rows, entry.columns), &Device::Cpu)?))
+    }
+
+    /// As [`Self::find`], and forgets it.
+    pub fn take(&mut self, key: Key) -> Result<Option<Tensor>> {
+        let found = self.find(key)?;
+        self.forget(key);
+        Ok(found)
+    }
+
+    fn forget(&mut self, key: Key) {
+        if let Some(Entry { place: Place::Resident(bytes), .. }) = self.entries.remove(&key) {
+            self.resident -= bytes.len();
+        }
+    }
+}
+
+fn widen<T>(bytes: &[u8], element: fn(u16) -> T, convert: impl FnOnce(&[T])) {
+    let wide: Vec<T> = bytes.chunks_exact(2).map(|pair| element(u16::from_le_bytes([pair[0], pair[1]]))).collect();
+    convert(&wide);
+}

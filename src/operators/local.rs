@@ -1,0 +1,137 @@
+//! What operators may touch besides their streams: state of the process ([`Shared`]) and of the worker ([`Local`]).
+
+use super::activations::ActivationStore;
+use super::stages::Stages;
+use crate::calibration::Batch;
+use crate::checkpoint::OutputWriter;
+use crate::error::{Error, Result};
+use crate::ledger::{Ledger, Record};
+use crate::model::{Rotary, Tower};
+use crate::plan::Plan;
+use crate::report::{CpuClock, Observer};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Stops a run: raised by the first error or by Ctrl-C, seen by every worker between two pieces of work.
+#[derive(Debug, Default)]
+pub struct Halt {
+    raised: AtomicBool,
+    reason: Mutex<Option<Error>>,
+}
+
+impl Halt {
+    /// Asks all workers to stop at a safe point. The first reason counts.
+    pub fn raise(&self, reason: Error) {
+        if let Ok(mut kept) = self.reason.lock() {
+            kept.get_or_insert(reason);
+        }
+        self.raised.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether to stop.
+    pub fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::SeqCst)
+    }
+
+    /// Why, once.
+    pub fn take(&self) -> Option<Error> {
+        self.reason.lock().ok().and_then(|mut reason| reason.take())
+    }
+}
+
+/// The output of a run and what is already in it.
+#[derive(Debug)]
+pub struct Output {
+    /// Shards, open for writing.
+    pub writer: OutputWriter,
+    /// Durable facts.
+    pub ledger: Mutex<Ledger>,
+    /// Facts of earlier runs of the same command, and of this one.
+    pub records: Mutex<Vec<Record>>,
+}
+
+impl Output {
+    /// Notes a fact, durably. The data that it speaks of has to be synced before.
+    pub fn note(&self, record: Record) -> Result<()> {
+        let poisoned = || Error::Worker("a worker stopped while it wrote the ledger".into());
+        self.ledger.lock().map_err(|_| poisoned())?.append(&record)?;
+        self.records.lock().map_err(|_| poisoned())?.push(record);
+        Ok(())
+    }
+
+    /// Blocks that are done, from the first.
+    pub fn blocks_done(&self) -> usize {
+        let count = |records: &Vec<Record>| records.iter().filter(|r| matches!(r, Record::Block { .. })).count();
+        self.records.lock().map(|records| count(&records)).unwrap_or(0)
+    }
+}
+
+/// Shared by all workers of a process.
+pub struct Shared {
+    /// The source.
+    pub tower: Tower,
+    /// The work.
+    pub plan: Plan,
+    /// Calibration batches, all of one sequence length.
+    pub batches: Vec<Batch>,
+    /// The probe's tokens: one sequence.
+    pub probe: Vec<u32>,
+    /// Rotary tables for the batches' length (which is at least the probe's).
+    pub rotary: Vec<Arc<Rotary>>,
+    /// Weights of the steps in work.
+    pub stages: Stages,
+    /// The target.
+    pub output: Output,
+    /// Where progress goes.
+    pub observer: Arc<dyn Observer>,
+    /// CPU time by operator.
+    pub clock: CpuClock,
+    /// Stops the run.
+    pub halt: Arc<Halt>,
+}
+
+impl Shared {
+    /// Whether the full-precision stream runs beside the quantized one.
+    pub fn matches_original(&self) -> bool {
+        self.plan.recipe.match_original > 0.0
+    }
+}
+
+/// One worker's own.
+pub struct Local {
+    /// The process's.
+    pub shared: Arc<Shared>,
+    /// This worker's index.
+    pub index: usize,
+    /// Workers in all processes.
+    pub peers: usize,
+    /// Activations of the batches that this worker holds.
+    pub store: RefCell<ActivationStore>,
+    /// Positions of those batches in [`Shared::batches`].
+    pub batches: RefCell<Vec<usize>>,
+}
+
+impl Local {
+    /// Tokens of one sequence of a batch.
+    pub fn sequence_length(&self, position: usize) -> usize {
+        match position {
+            super::activations::PROBE => self.shared.probe.len(),
+            position => self.shared.batches[position].length,
+        }
+    }
+
+    /// Runs a piece of an operator's work and books its time; an error halts the run and gives `None`.
+    pub fn run<T>(&self, operator: &'static str, work: impl FnOnce() -> Result<T>) -> Option<T> {
+        if self.shared.halt.is_raised() {
+            return None;
+        }
+        match self.shared.clock.book(operator, work) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.shared.halt.raise(error);
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The timely operators of quantflow, one a file, each a function from stream to stream. They know no command line and
+//! no graph: pipelines chain them. Time is the step, `block * 4 + site`; records are small, tensors stay in worker-local state.
+
+pub mod accumulate;
+pub mod activations;
+pub mod commit;
+pub mod embed;
+pub mod factor;
+pub mod forward;
+pub mod install;
+pub mod local;
+pub mod merge;
+pub mod pack;
+pub mod records;
+pub mod solve;
+pub mod stages;
+mod step_end;
+
+pub use local::{Halt, Local, Shared};
+pub use step_end::at_step_end;

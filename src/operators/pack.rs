@@ -1,0 +1,88 @@
+//! `pack`: a linear's chunks become one quantized weight, its bytes in the output's layout, and its line in the report.
+
+use super::at_step_end;
+use super::local::Local;
+use super::records::{PackedLinear, SolvedChunk};
+use crate::error::{Error, Result};
+use crate::numerics::QuantizedWeight;
+use crate::plan::PlannedLinear;
+use crate::report::Row;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use timely::dataflow::StreamVec;
+
+/// One record a linear, on the worker that packs it.
+pub fn pack<'scope>(
+    chunks: StreamVec<'scope, u64, SolvedChunk>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, PackedLinear> {
+    let shared = Arc::clone(&local.shared);
+    at_step_end(chunks, "pack", |chunk| chunk.linear as u64, local, move |_, chunks: Vec<SolvedChunk>| {
+        let mut linears: BTreeMap<usize, Vec<SolvedChunk>> = BTreeMap::new();
+        for chunk in chunks {
+            linears.entry(chunk.linear).or_default().push(chunk);
+        }
+        linears
+            .into_iter()
+            .map(|(linear, mut chunks)| {
+                chunks.sort_by_key(|chunk| chunk.chunk);
+                let planned = &shared.plan.linears[linear];
+                let Some((weight, row)) = assemble(planned, chunks)? else {
+                    return Ok(PackedLinear { linear, quantized: None, tensors: Vec::new(), row: None });
+                };
+                Ok(PackedLinear {
+                    linear,
+                    tensors: shared.plan.format.pack(&weight),
+                    quantized: Some(Arc::new(weight)),
+                    row: Some(row),
+                })
+            })
+            .collect()
+    })
+}
+
+/// `None` for a linear that is left alone.
+fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<(QuantizedWeight, Row)>> {
+    let Some(grid) = planned.grid else { return Ok(None) };
+    let groups = planned.columns / grid.group_size;
+    let mut weight = QuantizedWeight {
+        grid,
+        rows: 0,
+        columns: planned.columns,
+        codes: Vec::with_capacity(planned.rows * planned.columns),
+        scales: Vec::with_capacity(planned.rows * groups),
+        zeros: Vec::with_capacity(planned.rows * groups),
+    };
+    let (mut error, mut energy, mut clipped, mut seconds) = (0.0, 0.0, 0, 0.0);
+    let facts = chunks.first().map(|chunk| chunk.factor).unwrap_or_default();
+    for chunk in chunks {
+        let Some(rows) = chunk.rows else { continue };
+        weight.rows += rows.weight.rows;
+        weight.codes.extend(rows.weight.codes);
+        weight.scales.extend(rows.weight.scales);
+        weight.zeros.extend(rows.weight.zeros);
+        error += rows.error;
+        energy += rows.energy;
+        clipped += rows.clipped;
+        seconds += chunk.seconds;
+    }
+    if weight.rows != planned.rows {
+        return Err(Error::Worker(format!("{} has {} of {} rows", planned.name, weight.rows, planned.rows)));
+    }
+    let retried = (facts.retries > 0).then(|| format!("damping raised {} times to factor the Hessian", facts.retries));
+    let notes: Vec<String> = planned.fallback.clone().into_iter().chain(retried).collect();
+    let row = Row {
+        name: planned.name.clone(),
+        scheme: planned.scheme(),
+        tokens: facts.tokens,
+        relative_error: if energy > 0.0 { error / energy } else { 0.0 },
+        held_out_error: None,
+        damp_percent: facts.damp_percent,
+        clip_rate: clipped as f64 / weight.codes.len() as f64,
+        dead_columns: facts.dead as u64,
+        fallback: (!notes.is_empty()).then(|| notes.join("; ")),
+        seconds,
+    };
+    Ok(Some((weight, row)))
+}

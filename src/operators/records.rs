@@ -1,0 +1,108 @@
+//! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
+
+use crate::numerics::QuantizedWeight;
+use crate::numerics::factor::Factor;
+use crate::numerics::solver::SolvedRows;
+use crate::report::Row;
+use crate::statistics::{Exponents, Panel};
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Begin a step with the batches that this worker holds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Go;
+
+/// A site's input for one batch, on the worker that holds the batch: `[tokens, width]`.
+#[derive(Clone, Debug)]
+pub struct SiteInput {
+    /// It is the probe: it sets the exponents and is not summed.
+    pub probe: bool,
+    /// In the quantized model so far.
+    pub x: Tensor,
+    /// In the original model, where that is matched.
+    pub original: Option<Tensor>,
+}
+
+/// A part of a worker's sums of one step.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Partial {
+    /// Worker that merges the step's sums.
+    pub owner: u64,
+    /// Tokens behind all the sender's panels, told once.
+    pub tokens: u64,
+    /// The same on every worker.
+    pub exponents: Arc<Exponents>,
+    /// Some rows of a product; `None` from a worker that had no batch.
+    pub panel: Option<Panel>,
+}
+
+/// The complete statistics of a step, as f64 matrices, on the worker that owns the step.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Merged {
+    /// XᵀX, both triangles, `[width, width]`.
+    pub gram: Vec<f64>,
+    /// X̃ᵀX
+    pub cross: Option<Vec<f64>>,
+    /// Tokens that were summed.
+    pub tokens: u64,
+}
+
+/// The factor of a step, for every worker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Factored {
+    /// `None` where the step has nothing to quantize, or the method needs no statistics.
+    pub factor: Option<Arc<Factor>>,
+    /// Tokens behind it.
+    pub tokens: u64,
+}
+
+/// Some rows of a linear, solved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SolvedChunk {
+    /// Position in the plan.
+    pub linear: usize,
+    /// Position of the chunk within the linear.
+    pub chunk: usize,
+    /// `None` for a linear that is left alone.
+    pub rows: Option<SolvedRows>,
+    /// The factor's damping and dead columns, for the report.
+    pub factor: FactorFacts,
+    /// CPU seconds.
+    pub seconds: f64,
+}
+
+/// What the report tells of a factor.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct FactorFacts {
+    /// Tokens behind it.
+    pub tokens: u64,
+    /// Damping used.
+    pub damp_percent: f64,
+    /// Failed factorizations before it.
+    pub retries: u32,
+    /// Channels that no token woke.
+    pub dead: usize,
+}
+
+/// A whole linear, in the output's layout.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PackedLinear {
+    /// Position in the plan.
+    pub linear: usize,
+    /// `None` for a linear that is left alone.
+    pub quantized: Option<Arc<QuantizedWeight>>,
+    /// Bytes of the format's tensors, in its order.
+    pub tensors: Vec<Vec<u8>>,
+    /// Its line in the report.
+    pub row: Option<Row>,
+}
+
+/// A linear that is on its way to the disk: the forward pass may use it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Committed {
+    /// Position in the plan.
+    pub linear: usize,
+    /// `None` for a linear that is left alone.
+    pub quantized: Option<Arc<QuantizedWeight>>,
+}

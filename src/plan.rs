@@ -1,0 +1,268 @@
+//! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
+
+use crate::error::{Error, Result};
+use crate::formats::{self, Format, LinearLayout, TensorSpec};
+use crate::model::{SiteKind, Tower};
+use crate::numerics::Grid;
+use crate::recipe::Recipe;
+use regex::RegexSet;
+use std::collections::BTreeMap;
+
+/// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
+pub const CHUNK_ROWS: usize = 128;
+/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
+const BASE_BYTES: u64 = 64 << 20;
+
+/// One linear of a block.
+#[derive(Clone, Debug)]
+pub struct PlannedLinear {
+    /// Position in [`Plan::linears`].
+    pub index: usize,
+    /// Decoder layer.
+    pub block: usize,
+    /// Its input.
+    pub site: SiteKind,
+    /// Position among the site's linears.
+    pub slot: usize,
+    /// Full module name.
+    pub name: String,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub columns: usize,
+    /// `None`: left alone.
+    pub grid: Option<Grid>,
+    /// What departs from the recipe, in words.
+    pub fallback: Option<String>,
+}
+
+impl PlannedLinear {
+    /// `W4 g128 symmetric`
+    pub fn scheme(&self) -> String {
+        match self.grid {
+            None => "unquantized".into(),
+            Some(grid) => {
+                let group = if grid.group_size == self.columns {
+                    "channel".into()
+                } else {
+                    format!("g{}", grid.group_size)
+                };
+                let kind = if grid.symmetric { "symmetric" } else { "asymmetric" };
+                format!("W{} {group} {kind}", grid.bits)
+            }
+        }
+    }
+}
+
+/// Everything that a run will do.
+pub struct Plan {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The output's layout.
+    pub format: Box<dyn Format>,
+    /// All linears of all blocks, in the order in which they are reached.
+    pub linears: Vec<PlannedLinear>,
+    /// Tensors that are copied byte for byte.
+    pub copied: Vec<String>,
+    /// All tensors of the output, in the order in which shards are filled.
+    pub output: Vec<TensorSpec>,
+    /// Linears outside the blocks (head, vision tower, projector), for the output's ignore list.
+    pub outside: Vec<LinearLayout>,
+    blocks: usize,
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plan").field("recipe", &self.recipe).field("linears", &self.linears.len()).finish_non_exhaustive()
+    }
+}
+
+impl Plan {
+    /// Plans `recipe` for the checkpoint of `tower`.
+    ///
+    /// # Errors
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`.
+    pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
+        recipe.check()?;
+        if tower.checkpoint.config().get("quantization_config").is_some() {
+            return Err(Error::invalid(
+                tower.checkpoint.folder().display().to_string(),
+                "is already quantized (config.json has a quantization_config)",
+                "start from the original checkpoint",
+            ));
+        }
+        let format = formats::by_name(&recipe.format)?;
+        let ignore = RegexSet::new(&recipe.ignore)
+            .map_err(|error| Error::usage("--ignore", error.to_string(), "give regular expressions on module names"))?;
+        let mut linears = Vec::new();
+        for block in 0..tower.blocks() {
+            for site in SiteKind::ALL {
+                for (slot, spec) in tower.spec.block.linears(site).iter().enumerate() {
+                    let name = tower.linear_name(block, spec);
+                    let (grid, fallback) = match ignore.is_match(&name) {
+                        true => (None, None),
+                        false => grid(&recipe, format.as_ref(), tower, &name, spec.columns)?,
+                    };
+                    if let Some(grid) = grid {
+                        format.check(&name, spec.rows, spec.columns, grid)?;
+                    }
+                    linears.push(PlannedLinear {
+                        index: linears.len(),
+                        block,
+                        site,
+                        slot,
+                        name,
+                        rows: spec.rows,
+                        columns: spec.columns,
+                        grid,
+                        fallback,
+                    });
+                }
+            }
+        }
+        let mut plan = Self {
+            recipe,
+            format,
+            linears,
+            copied: Vec::new(),
+            output: Vec::new(),
+            outside: Vec::new(),
+            blocks: tower.blocks(),
+        };
+        plan.place(tower);
+        Ok(plan)
+    }
+
+    fn place(&mut self, tower: &Tower) {
+        let quantized: BTreeMap<String, &PlannedLinear> = self
+            .linears
+            .iter()
+            .filter(|linear| linear.grid.is_some())
+            .map(|linear| (format!("{}.weight", linear.name), linear))
+            .collect();
+        let embedding = tower.embedding_name();
+        for name in tower.checkpoint.names() {
+            if quantized.contains_key(name) {
+                continue;
+            }
+            let Some(spec) = tower.checkpoint.spec(name) else { continue };
+            if let (Some(module), [rows, columns]) = (name.strip_suffix(".weight"), spec.shape[..])
+                && name != embedding
+                && !self.linears.iter().any(|linear| linear.name == module)
+            {
+                let layout = LinearLayout { name: module.into(), rows, columns, grid: None };
+                self.outside.push(layout);
+            }
+            // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
+            self.copied.push(name.to_owned());
+            self.output.push(spec);
+        }
+        if tower.head_name() == embedding {
+            let [rows, columns] = [tower.spec.vocab_size, tower.spec.hidden_size];
+            self.outside.push(LinearLayout { name: "lm_head".into(), rows, columns, grid: None });
+        }
+        for linear in &self.linears {
+            if let Some(grid) = linear.grid {
+                self.output.extend(self.format.specs(&linear.name, linear.rows, linear.columns, grid));
+            }
+        }
+    }
+
+    /// Decoder layers.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Steps of a sequential run: one a block and site.
+    pub fn steps(&self) -> u64 {
+        (self.blocks * SiteKind::ALL.len()) as u64
+    }
+
+    /// Block and site of a step.
+    pub fn step(&self, step: u64) -> (usize, SiteKind) {
+        let sites = SiteKind::ALL.len();
+        (step as usize / sites, SiteKind::ALL[step as usize % sites])
+    }
+
+    /// The linears of a step.
+    pub fn step_linears(&self, step: u64) -> &[PlannedLinear] {
+        let (block, site) = self.step(step);
+        let begin = self.linears.partition_point(|linear| (linear.block, linear.site) < (block, site));
+        let end = self.linears.partition_point(|linear| (linear.block, linear.site) <= (block, site));
+        &self.linears[begin..end]
+    }
+
+    /// Whether a step has anything to quantize.
+    pub fn is_active(&self, step: u64) -> bool {
+        self.step_linears(step).iter().any(|linear| linear.grid.is_some())
+    }
+
+    /// All linears, for the output's config.
+    pub fn layouts(&self) -> Vec<LinearLayout> {
+        let inside = self.linears.iter().map(|linear| LinearLayout {
+            name: linear.name.clone(),
+            rows: linear.rows,
+            columns: linear.columns,
+            grid: linear.grid,
+        });
+        inside.chain(self.outside.iter().cloned()).collect()
+    }
+
+    /// Predicted peak of resident bytes besides activations: the widest step's weights, sums, factor and solver memory.
+    pub fn fixed_bytes(&self, workers: usize, batch_tokens: usize) -> u64 {
+        let matching = u64::from(self.recipe.match_original > 0.0 && self.recipe.method == crate::recipe::Method::Gptq);
+        let step = |step: u64| -> u64 {
+            let linears = self.step_linears(step);
+            let width = linears.iter().map(|l| l.columns as u64).max().unwrap_or(0);
+            let weights: u64 = linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum();
+            let square = width * width * 8;
+            // Sums a worker (half a matrix, and a whole one when matching), then H, R and the shift once.
+            let sums = workers as u64 * (square / 2 + matching * square);
+            let factor = square * (2 + matching);
+            let solver = workers as u64 * width * (CHUNK_ROWS as u64) * 8 * 6;
+            weights * (2 + matching) + sums.max(solver) + factor
+        };
+        let block: u64 = (0..self.steps()).map(step).max().unwrap_or(0);
+        let widest = self.linears.iter().map(|l| l.rows.max(l.columns)).max().unwrap_or(0);
+        let forward = (workers * batch_tokens * widest * 4 * 6) as u64;
+        BASE_BYTES + block + forward
+    }
+}
+
+/// The grid of one linear, and how it departs from the recipe.
+fn grid(
+    recipe: &Recipe,
+    format: &dyn Format,
+    tower: &Tower,
+    name: &str,
+    columns: usize,
+) -> Result<(Option<Grid>, Option<String>)> {
+    let (group_size, fallback) = match recipe.group_size {
+        0 => (columns, None),
+        wanted if columns.is_multiple_of(wanted) => (wanted, None),
+        wanted => {
+            let divisors: Vec<usize> = (16..=columns).filter(|d| d % 16 == 0 && columns.is_multiple_of(*d)).collect();
+            match divisors.iter().rev().find(|d| **d <= wanted).filter(|_| recipe.group_fallback) {
+                Some(&used) => (used, Some(format!("group_size {used}: {wanted} does not divide {columns}"))),
+                None => {
+                    let fitting: Vec<_> = divisors.iter().filter(|d| **d <= 512).map(ToString::to_string).collect();
+                    return Err(Error::usage(
+                        "--group-size",
+                        format!("{wanted} does not divide the {columns} input features of {name}"),
+                        format!(
+                            "use one of {}, 0 for one scale a row, or --group-fallback to use the largest divisor for such linears",
+                            fitting.join(", ")
+                        ),
+                    ));
+                }
+            }
+        }
+    };
+    let grid = Grid {
+        bits: recipe.bits,
+        group_size,
+        symmetric: recipe.symmetric,
+        scale_dtype: format.scale_dtype(tower.weight_dtype()),
+    };
+    Ok((Some(grid), fallback))
+}

@@ -1,0 +1,119 @@
+//! What the user wants, as TOML or flags: pure data. A recipe never names a file of the user's machine.
+
+use crate::error::{Error, Result};
+use crate::numerics::factor::ColumnOrder;
+use serde::{Deserialize, Serialize};
+
+/// Bit widths that can be asked for.
+pub const BITS: [u32; 4] = [2, 3, 4, 8];
+
+/// The recipes that ship with the program, by name; their text is in `pipelines/recipes`.
+pub const SHIPPED: [(&str, &str); 4] = [
+    ("w4a16", include_str!("../pipelines/recipes/w4a16.toml")),
+    ("w8a16", include_str!("../pipelines/recipes/w8a16.toml")),
+    ("w3a16", include_str!("../pipelines/recipes/w3a16.toml")),
+    ("w2a16", include_str!("../pipelines/recipes/w2a16.toml")),
+];
+
+/// How codes are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Second-order, calibrated.
+    Gptq,
+    /// Round to nearest on searched scales; needs no calibration.
+    Rtn,
+}
+
+/// A recipe: scheme, method and output format.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recipe {
+    /// 2, 3, 4 or 8
+    pub bits: u32,
+    /// Input features that share a scale; 0 for one scale a row (per channel).
+    pub group_size: usize,
+    /// Use the largest divisor of a width that is at most `group_size` where `group_size` itself does not divide it.
+    pub group_fallback: bool,
+    /// Fixed zero point.
+    pub symmetric: bool,
+    /// Column order of the sweep.
+    pub actorder: ColumnOrder,
+    /// Damping as a share of the Hessian's mean diagonal.
+    pub damp_percent: f64,
+    /// α of the asymmetric target; 0 turns the full-precision stream off.
+    pub match_original: f64,
+    /// Rounds of scale refit and coordinate descent after the sweep.
+    pub refine_rounds: usize,
+    /// How codes are chosen.
+    pub method: Method,
+    /// Regular expressions: linears whose module name matches one are left alone.
+    pub ignore: Vec<String>,
+    /// Name of the output format.
+    pub format: String,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            bits: 4,
+            group_size: 128,
+            group_fallback: false,
+            symmetric: true,
+            actorder: ColumnOrder::Static,
+            damp_percent: 0.01,
+            match_original: 0.5,
+            refine_rounds: 0,
+            method: Method::Gptq,
+            ignore: Vec::new(),
+            format: "compressed-tensors".into(),
+        }
+    }
+}
+
+impl Recipe {
+    /// A shipped recipe by name, or one in a `.toml` file.
+    ///
+    /// # Errors
+    /// Neither, or a file with unknown or malformed keys.
+    pub fn find(name: &str) -> Result<Self> {
+        if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
+            return Self::parse(name, text);
+        }
+        if !name.ends_with(".toml") {
+            let names: Vec<_> = SHIPPED.iter().map(|(name, _)| *name).collect();
+            return Err(Error::usage(
+                "--recipe",
+                format!("{name} is neither a shipped recipe nor a .toml file"),
+                format!("use one of {}, or a file", names.join(", ")),
+            ));
+        }
+        let path = std::path::Path::new(name);
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(name, &text)
+    }
+
+    fn parse(name: &str, text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|error| {
+            Error::invalid(name, error.to_string().trim(), "compare with the recipes in pipelines/recipes")
+        })
+    }
+
+    /// Checks every value against its range.
+    pub fn check(&self) -> Result<()> {
+        let range = |flag: &str, ok: bool, wanted: &str| match ok {
+            true => Ok(()),
+            false => Err(Error::usage(flag, format!("must be {wanted}"), "")),
+        };
+        range("--bits", BITS.contains(&self.bits), "2, 3, 4 or 8")?;
+        range("--group-size", self.group_size <= 65_536, "at most 65536; 0 means one scale a row")?;
+        range("--damp-percent", (0.0..=1.0).contains(&self.damp_percent), "between 0 and 1 (0.01 is 1 percent)")?;
+        range("--match-original", (0.0..=1.0).contains(&self.match_original), "between 0 and 1")?;
+        range("--refine", self.refine_rounds <= 100, "at most 100 rounds")?;
+        crate::formats::by_name(&self.format).map(drop)
+    }
+}
