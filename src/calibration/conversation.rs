@@ -211,11 +211,7 @@ mod tests {
         };
         check(&[User, Assistant], false, Ok(3));
         check(&[System, User, Assistant], false, Ok(3));
-        check(
-            &[User, FunctionCall, Observation, Assistant],
-            false,
-            Ok(5),
-        );
+        check(&[User, FunctionCall, Observation, Assistant], false, Ok(5));
         check(
             &[User, FunctionCall, Observation, Observation, Assistant],
             false,

@@ -111,13 +111,20 @@ impl DatasetInfo {
             let subject = format!("{} entry {name}", self.folder.join(FILE_NAME).display());
             Error::invalid(subject, problem, hint)
         };
-        let text = |from: &Value, key: &str| from.get(key).and_then(Value::as_str).map(str::to_owned);
+        let text =
+            |from: &Value, key: &str| from.get(key).and_then(Value::as_str).map(str::to_owned);
         if !entry.is_object() {
             return Err(bad("not an object".into(), "it needs at least file_name"));
         }
-        let remote = ["hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"]
-            .into_iter()
-            .find_map(|key| Some((key, text(entry, key)?)));
+        let remote = [
+            "hf_hub_url",
+            "ms_hub_url",
+            "om_hub_url",
+            "script_url",
+            "cloud_file_name",
+        ]
+        .into_iter()
+        .find_map(|key| Some((key, text(entry, key)?)));
         let file_name = match (text(entry, "file_name"), remote) {
             // LLaMA-Factory prefers the hub; a run that fetches nothing uses the file where one is named.
             (Some(file_name), _) => file_name,
@@ -141,36 +148,44 @@ impl DatasetInfo {
                 return Err(bad(format!("{key} is not an object of names"), ""));
             }
         }
-        let tags = |default: Tags| match tags {
-            None => Ok(default),
-            Some(tags) => {
-                let required = |key: &str| {
-                    text(tags, key).ok_or_else(|| {
-                        bad(
-                            format!("tags has no {key}"),
-                            "where tags is given, what it does not list is absent",
-                        )
+        let tags = |default: Tags| -> Result<Tags> {
+            match tags {
+                None => Ok(default),
+                Some(tags) => {
+                    let required = |key: &str| {
+                        text(tags, key).ok_or_else(|| {
+                            bad(
+                                format!("tags has no {key}"),
+                                "where tags is given, what it does not list is absent",
+                            )
+                        })
+                    };
+                    Ok(Tags {
+                        role: required("role_tag")?,
+                        content: required("content_tag")?,
+                        user: text(tags, "user_tag"),
+                        assistant: text(tags, "assistant_tag"),
+                        observation: text(tags, "observation_tag"),
+                        function: text(tags, "function_tag"),
+                        system: text(tags, "system_tag"),
+                        lenient: false,
                     })
-                };
-                Ok(Tags {
-                    role: required("role_tag")?,
-                    content: required("content_tag")?,
-                    user: text(tags, "user_tag"),
-                    assistant: text(tags, "assistant_tag"),
-                    observation: text(tags, "observation_tag"),
-                    function: text(tags, "function_tag"),
-                    system: text(tags, "system_tag"),
-                    lenient: false,
-                })
+                }
             }
         };
-        let formatting = match entry.get("formatting").map_or(Some("alpaca"), Value::as_str) {
+        let formatting = match entry
+            .get("formatting")
+            .map_or(Some("alpaca"), Value::as_str)
+        {
             Some("alpaca") => Formatting::Alpaca,
             Some("sharegpt") => Formatting::Sharegpt(tags(Tags::sharegpt())?),
             Some("openai") => Formatting::Openai(tags(Tags::openai())?),
             other => {
                 return Err(bad(
-                    format!("formatting {} is not known", other.unwrap_or("(not a name)")),
+                    format!(
+                        "formatting {} is not known",
+                        other.unwrap_or("(not a name)")
+                    ),
                     "it is alpaca, sharegpt or openai",
                 ));
             }

@@ -148,7 +148,10 @@ fn by_layout(fields: &Fields, layout: &Layout) -> Result<Document, Reason> {
     let mut media = Media::of(fields, columns);
     let mut turns = match &layout.formatting {
         Formatting::Alpaca if columns.response.is_none() && columns.chosen.is_none() => {
-            return plain(media.without_placeholders(&prompt(fields, columns)), media.any());
+            return plain(
+                media.without_placeholders(&prompt(fields, columns)),
+                media.any(),
+            );
         }
         Formatting::Alpaca => alpaca(fields, layout, &media)?,
         Formatting::Sharegpt(tags) | Formatting::Openai(tags) => {
@@ -159,7 +162,10 @@ fn by_layout(fields: &Fields, layout: &Layout) -> Result<Document, Reason> {
         Some(column) => tools(fields.get(column).unwrap_or(&Value::Null))?,
         None => Vec::new(),
     };
-    if turns.iter().all(|t| t.text.trim().is_empty() && t.extra.is_empty()) {
+    if turns
+        .iter()
+        .all(|t| t.text.trim().is_empty() && t.extra.is_empty())
+    {
         return Err("the text is empty".into());
     }
     turns.shrink_to_fit();
@@ -178,7 +184,10 @@ fn prompt(fields: &Fields, columns: &Columns) -> String {
     let parts = [&columns.prompt, &columns.query];
     let parts = parts.into_iter().flatten();
     let parts = parts.filter_map(|column| fields.get(column)?.as_str());
-    parts.filter(|p| !p.is_empty()).collect::<Vec<_>>().join("\n")
+    parts
+        .filter(|p| !p.is_empty())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn alpaca(fields: &Fields, layout: &Layout, media: &Media) -> Result<Vec<Turn>, Reason> {
@@ -280,7 +289,10 @@ fn joined(parts: &[Value], media: &mut Media) -> Result<String, Reason> {
     let mut text = String::new();
     for part in parts {
         let kind = part.get("type").and_then(Value::as_str);
-        match (part.as_str().or(part.get("text").and_then(Value::as_str)), kind) {
+        match (
+            part.as_str().or(part.get("text").and_then(Value::as_str)),
+            kind,
+        ) {
             (Some(said), None | Some("text")) => text.push_str(said),
             (_, Some("image" | "image_url")) => media.images = true,
             (_, Some("video" | "video_url")) => media.videos = true,
@@ -371,14 +383,26 @@ mod tests {
         check(json!({"text": "a"}), "a");
         check(json!({"text": " "}), "!the text is empty");
         check(json!({"text": 3}), "!column text is not text");
-        check(json!({"x": "a"}), "!no column text, messages, conversations or instruction");
-        check(json!({"instruction": "a", "input": "b", "output": "c"}), "User:a\nb|Assistant:c");
-        check(json!({"instruction": "a", "input": "", "output": "c", "system": "s"}), "System:s|User:a|Assistant:c");
+        check(
+            json!({"x": "a"}),
+            "!no column text, messages, conversations or instruction",
+        );
+        check(
+            json!({"instruction": "a", "input": "b", "output": "c"}),
+            "User:a\nb|Assistant:c",
+        );
+        check(
+            json!({"instruction": "a", "input": "", "output": "c", "system": "s"}),
+            "System:s|User:a|Assistant:c",
+        );
         check(
             json!({"instruction": "a", "output": "c", "history": [["x", "y"]]}),
             "User:x|Assistant:y|User:a|Assistant:c",
         );
-        check(json!({"instruction": "a", "output": "c", "history": [["x"]]}), "!the history is no list of pairs of texts");
+        check(
+            json!({"instruction": "a", "output": "c", "history": [["x"]]}),
+            "!the history is no list of pairs of texts",
+        );
         check(json!({"instruction": "a"}), "!the row has no answer");
         check(
             json!({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
@@ -389,11 +413,23 @@ mod tests {
                 {"role": "assistant", "content": "b"}]}),
             "System:s|User:a|Assistant:b",
         );
-        check(json!({"messages": "[{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]"}), "User:a|Assistant:b");
-        check(json!({"messages": "x"}), "!column messages is no list of messages");
+        check(
+            json!({"messages": "[{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]"}),
+            "User:a|Assistant:b",
+        );
+        check(
+            json!({"messages": "x"}),
+            "!column messages is no list of messages",
+        );
         check(json!({"messages": [3]}), "!a message is no JSON object");
-        check(json!({"messages": [{"role": "user", "content": 3}]}), "!a message has no text");
-        check(json!({"messages": [{"role": "wizard", "content": "a"}]}), "!a message has no known role");
+        check(
+            json!({"messages": [{"role": "user", "content": 3}]}),
+            "!a message has no text",
+        );
+        check(
+            json!({"messages": [{"role": "wizard", "content": "a"}]}),
+            "!a message has no known role",
+        );
         check(
             json!({"messages": [{"role": "user", "content": "<image>\nWho?<image>"}, {"role": "assistant", "content": "b"}], "images": ["1.jpg", "2.jpg"]}),
             "User:Who?|Assistant:b",
@@ -438,7 +474,13 @@ mod tests {
             json!({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}),
             "User:a|Assistant:good",
         );
-        assert_eq!(shown(json!({"body": "b"}), &Reading::TextColumn("body".into())), "b");
-        assert_eq!(shown(json!({"text": "b"}), &Reading::TextColumn("body".into())), "!no column body");
+        assert_eq!(
+            shown(json!({"body": "b"}), &Reading::TextColumn("body".into())),
+            "b"
+        );
+        assert_eq!(
+            shown(json!({"text": "b"}), &Reading::TextColumn("body".into())),
+            "!no column body"
+        );
     }
 }

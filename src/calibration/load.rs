@@ -100,13 +100,25 @@ fn unknown(name: &str, info: Option<&DatasetInfo>) -> Error {
     const NAMES_SHOWN: usize = 12;
     let mut names: Vec<&str> = info.names().collect();
     // Names that share the longest beginning with what was typed come first.
-    let common = |n: &str| n.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+    let common = |n: &str| {
+        n.bytes()
+            .zip(name.bytes())
+            .take_while(|(a, b)| a == b)
+            .count()
+    };
     names.sort_by_key(|n| std::cmp::Reverse(common(n)));
-    let more = if names.len() > NAMES_SHOWN { ", …" } else { "" };
+    let more = if names.len() > NAMES_SHOWN {
+        ", …"
+    } else {
+        ""
+    };
     names.truncate(NAMES_SHOWN);
     Error::usage(
         "--calibration",
-        format!("{name} is neither in {} nor a file", dataset_info::FILE_NAME),
+        format!(
+            "{name} is neither in {} nor a file",
+            dataset_info::FILE_NAME
+        ),
         format!("names in it: {}{more}", names.join(", ")),
     )
 }
@@ -172,7 +184,11 @@ pub(super) fn pack(
         left[*source] = left[*source].saturating_sub(1);
         allowed
     });
-    let ahead = sources.iter().map(|s| s.rows.read_ahead()).max().unwrap_or(1);
+    let ahead = sources
+        .iter()
+        .map(|s| s.rows.read_ahead())
+        .max()
+        .unwrap_or(1);
     'full: loop {
         let places: Vec<_> = order.by_ref().take(ahead).collect();
         if places.is_empty() {
@@ -312,11 +328,26 @@ impl Reader<'_> {
         usage.tokens_left_out = packed.left_out;
         let gone = &self.departures;
         for (count, sentence) in [
-            (gone.media, "the text is used, the images, videos or audios are not"),
-            (gone.second_answers, "the chosen answer is used, the rejected one is not"),
-            (gone.systems_folded, "the chat template takes no system turn; its text opens the first user turn"),
-            (gone.tools_unused, "the chat template does not show the tools on offer"),
-            (gone.untemplated, "the model has no chat template; the turns are joined by blank lines"),
+            (
+                gone.media,
+                "the text is used, the images, videos or audios are not",
+            ),
+            (
+                gone.second_answers,
+                "the chosen answer is used, the rejected one is not",
+            ),
+            (
+                gone.systems_folded,
+                "the chat template takes no system turn; its text opens the first user turn",
+            ),
+            (
+                gone.tools_unused,
+                "the chat template does not show the tools on offer",
+            ),
+            (
+                gone.untemplated,
+                "the model has no chat template; the turns are joined by blank lines",
+            ),
         ] {
             usage.note_count(count, sentence);
         }
@@ -325,7 +356,9 @@ impl Reader<'_> {
             usage.notes.push(note.into());
         }
         if let Some(most) = self.tokens.positions_max().filter(|most| length > *most) {
-            let note = format!("windows of {length} tokens are longer than the {most} positions that the model is made for");
+            let note = format!(
+                "windows of {length} tokens are longer than the {most} positions that the model is made for"
+            );
             usage.notes.push(note);
         }
         if usage.windows_used > 0 && usage.windows_used < usage.windows_wanted {
@@ -347,7 +380,11 @@ fn too_short(found: usize, length: usize, usage: &Usage) -> Error {
     if usage.documents_used == 0 {
         let problem = match usage.left_out.is_empty() {
             true => "no row at all".to_owned(),
-            false => format!("none of {} rows can be used: {}", usage.documents_read, usage.left_out_summary()),
+            false => format!(
+                "none of {} rows can be used: {}",
+                usage.documents_read,
+                usage.left_out_summary()
+            ),
         };
         return Error::invalid(
             names,
@@ -359,7 +396,11 @@ fn too_short(found: usize, length: usize, usage: &Usage) -> Error {
     let fits = 1usize << found.max(1).ilog2();
     let left_out = match usage.left_out.is_empty() {
         true => String::new(),
-        false => format!(" ({} rows left out: {})", usage.left_out.values().sum::<u64>(), usage.left_out_summary()),
+        false => format!(
+            " ({} rows left out: {})",
+            usage.left_out.values().sum::<u64>(),
+            usage.left_out_summary()
+        ),
     };
     Error::invalid(
         names,

@@ -89,7 +89,8 @@ impl TryFrom<String> for BatchId {
     fn try_from(text: String) -> std::result::Result<Self, String> {
         let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
         let id = u64::from_str_radix(&text, 16).ok().filter(|_| digits);
-        id.map(Self).ok_or_else(|| format!("{text:.40} is not a batch id of 16 hex digits"))
+        id.map(Self)
+            .ok_or_else(|| format!("{text:.40} is not a batch id of 16 hex digits"))
     }
 }
 
@@ -153,16 +154,26 @@ impl Default for Source {
 /// into `samples` windows of `length` tokens; conversations go through the chat template. Reading stops when the windows
 /// are full. Fewer windows than wanted are a note in the usage; not one is an error.
 pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Calibration> {
-    let wanted = source.samples.checked_mul(source.length).unwrap_or(usize::MAX);
+    let wanted = source
+        .samples
+        .checked_mul(source.length)
+        .unwrap_or(usize::MAX);
     for (flag, value) in [("--samples", source.samples), ("--length", source.length)] {
         if value == 0 {
-            return Err(Error::usage(flag, "0 is no calibration", "leave the flag out for its default"));
+            return Err(Error::usage(
+                flag,
+                "0 is no calibration",
+                "leave the flag out for its default",
+            ));
         }
     }
     if wanted > MAX_TOKENS {
         return Err(Error::usage(
             "--samples",
-            format!("{} windows of {} tokens are more than {MAX_TOKENS} tokens", source.samples, source.length),
+            format!(
+                "{} windows of {} tokens are more than {MAX_TOKENS} tokens",
+                source.samples, source.length
+            ),
             "128 windows of 2048 tokens are the usual amount",
         ));
     }
@@ -183,9 +194,18 @@ pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Cali
 
 /// All windows of a file or folder of texts, in file order, duplicates kept: what a model is evaluated on. A file too
 /// short for one window gives one shorter window of all its tokens (at least two: one to predict from).
-pub fn read_texts(path: &Path, model_dir: &Path, length: usize, vocab_size: usize) -> Result<Calibration> {
+pub fn read_texts(
+    path: &Path,
+    model_dir: &Path,
+    length: usize,
+    vocab_size: usize,
+) -> Result<Calibration> {
     if length < 2 {
-        return Err(Error::usage("--length", "a window needs at least 2 tokens", ""));
+        return Err(Error::usage(
+            "--length",
+            "a window needs at least 2 tokens",
+            "",
+        ));
     }
     let tokens = Tokens::open(model_dir, vocab_size)?;
     let read = |length| {

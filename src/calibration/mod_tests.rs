@@ -11,7 +11,11 @@ fn batches_hold_whole_sequences() {
         assert_eq!(found, shapes, "{count} x {length}");
         let joined: Vec<u32> = made.iter().flat_map(|b| b.tokens.clone()).collect();
         assert_eq!(joined, tokens);
-        assert!(made.iter().enumerate().all(|(i, b)| b.index == i && b.length == length));
+        assert!(
+            made.iter()
+                .enumerate()
+                .all(|(i, b)| b.index == i && b.length == length)
+        );
     };
     check(3, 512, &[1, 1, 1]);
     check(2, 2048, &[1, 1]);

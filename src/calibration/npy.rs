@@ -66,7 +66,11 @@ fn parse(mut from: impl Read, bytes: u64, vocab_size: usize, path: &Path) -> Res
         Some("<i4") => 4,
         Some("<i8") => 8,
         other => {
-            let dtype = other.unwrap_or("unknown").chars().take(20).collect::<String>();
+            let dtype = other
+                .unwrap_or("unknown")
+                .chars()
+                .take(20)
+                .collect::<String>();
             return Err(bad(format!("the dtype is {dtype}")));
         }
     };
@@ -85,7 +89,9 @@ fn parse(mut from: impl Read, bytes: u64, vocab_size: usize, path: &Path) -> Res
         .collect();
     let Some([sequences, length]) = sizes.as_deref() else {
         let shape: String = shape.chars().take(60).collect();
-        return Err(bad(format!("the shape is {shape}, not [sequences, length]")));
+        return Err(bad(format!(
+            "the shape is {shape}, not [sequences, length]"
+        )));
     };
     let count = sequences.checked_mul(*length).unwrap_or(u64::MAX);
     if count == 0 || count > super::MAX_TOKENS as u64 {

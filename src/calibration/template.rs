@@ -64,7 +64,11 @@ impl ChatTemplate {
         let jinja = model_dir.join("chat_template.jinja");
         if let Some(bytes) = read_small(&jinja, MAX_TEMPLATE_BYTES)? {
             let source = String::from_utf8(bytes).map_err(|_| {
-                Error::invalid(jinja.display().to_string(), "not UTF-8 text", "fetch it again")
+                Error::invalid(
+                    jinja.display().to_string(),
+                    "not UTF-8 text",
+                    "fetch it again",
+                )
             })?;
             return Self::new(&Value::from(source), &config, &jinja).map(Some);
         }
@@ -106,7 +110,9 @@ impl ChatTemplate {
             _ => Vec::new(),
         };
         if !sources.iter().any(|(name, _)| name == DEFAULT_TEMPLATE) {
-            return Err(bad("chat_template is neither text nor has one called default".into()));
+            return Err(bad(
+                "chat_template is neither text nor has one called default".into(),
+            ));
         }
         let mut this = Self {
             environment: environment(),
@@ -115,12 +121,16 @@ impl ChatTemplate {
         };
         for (name, source) in sources {
             if source.len() as u64 > MAX_TEMPLATE_BYTES {
-                return Err(bad(format!("the chat template is longer than {MAX_TEMPLATE_BYTES} bytes")));
+                return Err(bad(format!(
+                    "the chat template is longer than {MAX_TEMPLATE_BYTES} bytes"
+                )));
             }
             this.environment
                 .add_template_owned(name.clone(), without_generation_tags(&source))
                 .map_err(|e| bad(format!("the chat template does not compile: {e}")))?;
-            let quoted = |word| source.contains(&format!("'{word}'")) || source.contains(&format!("\"{word}\""));
+            let quoted = |word| {
+                source.contains(&format!("'{word}'")) || source.contains(&format!("\"{word}\""))
+            };
             let mut traits = Traits {
                 parts: false,
                 tool_calls: source.contains("tool_calls"),
@@ -136,8 +146,14 @@ impl ChatTemplate {
     /// Whether a plain string is lost or refused where a list of parts is not.
     fn wants_parts(&self, name: &str, traits: Traits) -> bool {
         let shows = |parts| {
-            let turns = [Turn::new(Role::User, "qfask"), Turn::new(Role::Assistant, "qfsay")];
-            let turns: Vec<_> = turns.iter().map(|t| message(t, Traits { parts, ..traits })).collect();
+            let turns = [
+                Turn::new(Role::User, "qfask"),
+                Turn::new(Role::Assistant, "qfsay"),
+            ];
+            let turns: Vec<_> = turns
+                .iter()
+                .map(|t| message(t, Traits { parts, ..traits }))
+                .collect();
             let text = self.run(name, turns, &[]);
             text.is_ok_and(|text| text.contains("qfask") && text.contains("qfsay"))
         };
@@ -190,17 +206,28 @@ impl ChatTemplate {
     fn run(&self, name: &str, messages: Vec<Value>, tools: &[Value]) -> Result<String, Reason> {
         let mut context = self.special_tokens.clone();
         context.insert("messages".into(), messages.into());
-        context.insert("tools".into(), if tools.is_empty() { Value::Null } else { tools.into() });
+        context.insert(
+            "tools".into(),
+            if tools.is_empty() {
+                Value::Null
+            } else {
+                tools.into()
+            },
+        );
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), false.into());
         let refuse = |e: minijinja::Error| {
-            let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+            let detail = e
+                .detail()
+                .map_or_else(|| e.kind().to_string(), str::to_owned);
             let detail: String = detail.chars().take(MAX_REASON_CHARS).collect();
             Reason::from(format!("the chat template refuses it: {detail}"))
         };
         let template = self.environment.get_template(name).map_err(refuse)?;
         let mut out = Limited(Vec::new());
-        template.render_to_write(context, &mut out).map_err(refuse)?;
+        template
+            .render_captured_to(context, &mut out)
+            .map_err(refuse)?;
         String::from_utf8(out.0).map_err(|_| "the chat template writes no text".into())
     }
 }
@@ -218,7 +245,8 @@ fn message(turn: &Turn, traits: Traits) -> Value {
     };
     message.insert("role".into(), role.into());
     let mut extra = turn.extra.clone();
-    if turn.role == Role::FunctionCall && traits.tool_calls
+    if turn.role == Role::FunctionCall
+        && traits.tool_calls
         && let Some(calls) = function_calls(&text)
     {
         extra.insert("tool_calls".into(), calls);
@@ -352,7 +380,9 @@ struct Limited(Vec<u8>);
 impl std::io::Write for Limited {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         if self.0.len() + bytes.len() > MAX_RENDERED_BYTES {
-            return Err(std::io::Error::other("the rendered text is longer than 64 MiB"));
+            return Err(std::io::Error::other(
+                "the rendered text is longer than 64 MiB",
+            ));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())

@@ -4,7 +4,10 @@ use super::*;
 
 fn conversation(turns: &[(Role, &str)]) -> Conversation {
     Conversation {
-        turns: turns.iter().map(|(role, text)| Turn::new(*role, *text)).collect(),
+        turns: turns
+            .iter()
+            .map(|(role, text)| Turn::new(*role, *text))
+            .collect(),
         tools: Vec::new(),
     }
 }
@@ -28,23 +31,69 @@ const TURNS: &[(Role, &str)] = &[(Role::User, "hi"), (Role::Assistant, "yes")];
 #[test]
 fn renders_as_transformers_does() {
     let each = |body: &str| format!("{{% for m in messages %}}{body}{{% endfor %}}");
-    check(&each("{{ bos_token + m.role + m['content'] + eos_token }}"), TURNS, Ok("<s>userhi</s><s>assistantyes</s>"));
-    check(&each("{{ m.content.strip().upper()[:1] }}"), TURNS, Ok("HY"));
-    check("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}hi{{ messages[::-1][0].content }}", TURNS, Ok("2hiyes"));
-    check(&each("{% if loop.last %}{% break %}{% endif %}{{ m.content }}"), TURNS, Ok("hi"));
-    check(&each("{% generation %}{{ m.content }}{%- endgeneration -%} "), TURNS, Ok("hiyes"));
-    check("  {% if true %}\nx\n  {% endif %}\n{{ pad_token }}{{ strftime_now('%d %b %Y') }}\n", TURNS, Ok("x\n26 Jul 2024"));
-    check(&each("{{ m | tojson }}"), &TURNS[..1], Ok(r#"{"role": "user", "content": "hi"}"#));
+    check(
+        &each("{{ bos_token + m.role + m['content'] + eos_token }}"),
+        TURNS,
+        Ok("<s>userhi</s><s>assistantyes</s>"),
+    );
+    check(
+        &each("{{ m.content.strip().upper()[:1] }}"),
+        TURNS,
+        Ok("HY"),
+    );
+    check(
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}hi{{ messages[::-1][0].content }}",
+        TURNS,
+        Ok("2hiyes"),
+    );
+    check(
+        &each("{% if loop.last %}{% break %}{% endif %}{{ m.content }}"),
+        TURNS,
+        Ok("hi"),
+    );
+    check(
+        &each("{% generation %}{{ m.content }}{%- endgeneration -%} "),
+        TURNS,
+        Ok("hiyes"),
+    );
+    check(
+        "  {% if true %}\nx\n  {% endif %}\n{{ pad_token }}{{ strftime_now('%d %b %Y') }}\n",
+        TURNS,
+        Ok("x\n26 Jul 2024"),
+    );
+    check(
+        &each("{{ m | tojson }}"),
+        &TURNS[..1],
+        Ok(r#"{"role": "user", "content": "hi"}"#),
+    );
 }
 
 #[test]
 fn refusals_are_reasons() {
-    check("{{ raise_exception('no ' + messages[0].role) }}", TURNS, Err("refuses it: no user"));
+    check(
+        "{{ raise_exception('no ' + messages[0].role) }}",
+        TURNS,
+        Err("refuses it: no user"),
+    );
     check("{{ messages[9].content.x }}", TURNS, Err("refuses"));
-    check("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", TURNS, Err("fuel"));
-    check("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", TURNS, Err("refuses"));
+    check(
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        TURNS,
+        Err("fuel"),
+    );
+    check(
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        TURNS,
+        Err("refuses"),
+    );
     check("{{ 'a' * 1000000000000 }}", TURNS, Err("refuses"));
-    for source in ["{% for", "{% endfor %}", "{{ a | nofilter", "{% generation %}", &"{{ (".repeat(9000)] {
+    for source in [
+        "{% for",
+        "{% endfor %}",
+        "{{ a | nofilter",
+        "{% generation %}",
+        &"{{ (".repeat(9000),
+    ] {
         assert!(compile(source).is_err(), "{source:.20}");
     }
 }
@@ -58,8 +107,15 @@ fn multimodal_templates_get_parts() {
 #[test]
 fn a_refused_system_turn_opens_the_first_user_turn() {
     let source = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}";
-    let turns = [(Role::System, "be brief"), (Role::User, "hi"), (Role::Assistant, "yes")];
-    let rendered = compile(source).unwrap().render(&conversation(&turns)).unwrap();
+    let turns = [
+        (Role::System, "be brief"),
+        (Role::User, "hi"),
+        (Role::Assistant, "yes"),
+    ];
+    let rendered = compile(source)
+        .unwrap()
+        .render(&conversation(&turns))
+        .unwrap();
     assert_eq!(rendered.text, "user:be brief\n\nhi;assistant:yes;");
     assert!(rendered.system_folded);
 }
@@ -74,7 +130,13 @@ fn tool_calls_reach_templates_that_know_them_and_stay_text_elsewhere() {
         (Role::Assistant, "yes"),
     ];
     let plain = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}";
-    check(plain, &turns, Ok(&format!("user:hi;assistant:{call};user:seen;assistant:yes;")));
+    check(
+        plain,
+        &turns,
+        Ok(&format!(
+            "user:hi;assistant:{call};user:seen;assistant:yes;"
+        )),
+    );
     let knows = "{% for m in messages %}{% if m.role == 'tool' %}<{{ m.content }}>{% elif m.tool_calls %}{% for t in m.tool_calls %}{{ t.function.name }}({{ t.function.arguments | tojson }}){% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
     check(knows, &turns, Ok(r#"hif({"x": 1})<seen>yes"#));
 }

@@ -28,17 +28,22 @@ impl Tokens {
         let path = model_dir.join("tokenizer.json");
         let missing = "save one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)";
         let Some(bytes) = read_small(&path, MAX_TOKENIZER_BYTES)? else {
-            return Err(Error::invalid(path.display().to_string(), "no such file", missing));
+            return Err(Error::invalid(
+                path.display().to_string(),
+                "no such file",
+                missing,
+            ));
         };
         let bad = |problem: String| Error::invalid(path.display().to_string(), problem, missing);
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|e| bad(format!("not a tokenizer: {e}")))?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(&bytes).map_err(|e| bad(format!("not a tokenizer: {e}")))?;
         tokenizer
             .with_truncation(None)
             .map_err(|e| bad(e.to_string()))?
             .with_padding(None);
         let config = read_json(&model_dir.join("config.json"))?.unwrap_or(Value::Null);
-        let generation = read_json(&model_dir.join("generation_config.json"))?.unwrap_or(Value::Null);
+        let generation =
+            read_json(&model_dir.join("generation_config.json"))?.unwrap_or(Value::Null);
         let towers = ["text_config", "llm_config", "language_config"];
         let towers = towers.iter().filter_map(|key| config.get(key));
         let parts: Vec<&Value> = std::iter::once(&config).chain(towers).collect();
@@ -82,13 +87,20 @@ impl Tokens {
     pub fn encode(&self, text: &str, mut take: impl FnMut(&[u32]) -> bool) -> Result<()> {
         for piece in pieces(text) {
             let encoding = self.tokenizer.encode_fast(piece, false).map_err(|e| {
-                Error::invalid("tokenizer.json", format!("could not tokenize a text: {e}"), "")
+                Error::invalid(
+                    "tokenizer.json",
+                    format!("could not tokenize a text: {e}"),
+                    "",
+                )
             })?;
             let ids = encoding.get_ids();
             if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
                 return Err(Error::invalid(
                     "tokenizer.json",
-                    format!("gives id {id}, but the model's vocabulary size is {}", self.vocab_size),
+                    format!(
+                        "gives id {id}, but the model's vocabulary size is {}",
+                        self.vocab_size
+                    ),
                     "tokenizer.json and config.json are of different models; fetch both again",
                 ));
             }

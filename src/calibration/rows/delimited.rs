@@ -39,7 +39,7 @@ impl DelimitedRows {
             if places.len() == MAX_ROWS {
                 return Err(too_many_rows(path));
             }
-            let place = record.position().cloned().unwrap_or_default();
+            let place = record.position().cloned().unwrap_or_else(Position::new);
             let line = u32::try_from(place.line()).unwrap_or(u32::MAX);
             places.push((place.byte(), line));
         }

@@ -48,7 +48,7 @@ impl SpanRows {
 
     /// Indexes a text file.
     pub(super) fn text(path: &Path, rows: TextRows) -> Result<Self> {
-        let mut scan = Scan::open(path)?;
+        let scan = Scan::open(path)?;
         let spans = match rows {
             TextRows::File => scan.pieces()?,
             TextRows::Line => scan.lines()?,
