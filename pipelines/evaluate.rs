@@ -14,11 +14,12 @@ use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
 use crate::operators::stages::Shelf;
 use crate::report::{self, Observer};
+use crate::storage;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -321,4 +322,27 @@ fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
         elapsed_seconds: 0.0,
         peak_host_bytes: 0,
     })
+}
+
+/// Writes the logits of `model` on `windows` as an f32 tensor `logits`, `[windows, length, vocabulary]`, in a safetensors file.
+pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Result<()> {
+    let source = Source::open(model, Device::Cpu)?;
+    let length = windows.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    let rotary = source.tower.rotary(length)?;
+    let tokens: Vec<u32> = windows.batches.iter().flat_map(|batch| batch.tokens.iter().copied()).collect();
+    let mut residual = source.tower.embed(&tokens)?;
+    for block in 0..source.tower.blocks() {
+        let layer = source.tower.block(block, &rotary)?;
+        let linears: Vec<Vec<Linear>> =
+            SiteKind::ALL.iter().map(|&site| source.linears(block, site)).collect::<Result<_>>()?;
+        residual = layer.forward(&residual, length, |site| &linears[site as usize][..])?;
+    }
+    let logits = source.tower.head()?.logits(&residual)?;
+    let values = logits.flatten_all()?.to_vec1::<f32>()?;
+    let shape = vec![tokens.len() / length, length, source.tower.spec.vocab_size];
+    let bytes = bytemuck::cast_slice(&values);
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes);
+    let file = view.and_then(|view| safetensors::serialize([("logits", view)], None));
+    let file = file.map_err(|error| Error::invalid(output.display().to_string(), error.to_string(), ""))?;
+    storage::write_whole(output, &file)
 }

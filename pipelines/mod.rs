@@ -5,3 +5,4 @@ pub mod evaluate;
 pub mod quantize;
 pub mod run;
 pub mod sequential;
+pub mod verify;

@@ -4,6 +4,7 @@
 
 pub mod calibration;
 pub mod checkpoint;
+pub mod cli;
 pub mod error;
 pub mod formats;
 pub mod ledger;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `quantflow` command. See [`quantflow::cli`].
+
+fn main() -> std::process::ExitCode {
+    quantflow::cli::main()
+}

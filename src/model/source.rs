@@ -4,7 +4,8 @@ use super::block::{Linear, SiteKind};
 use super::tower::Tower;
 use crate::error::Result;
 use crate::formats::{self, Format};
-use candle_core::{Device, Tensor};
+use crate::numerics::QuantizedWeight;
+use candle_core::Device;
 use std::path::Path;
 
 /// A checkpoint whose linears may be quantized.
@@ -29,40 +30,30 @@ impl Source {
         Ok(Self { tower, quantized })
     }
 
-    /// The linears of a site, dequantized, in f32.
-    pub fn linears(&self, block: usize, site: SiteKind) -> Result<Vec<Linear>> {
-        let Some((format, config)) = &self.quantized else {
-            return self.tower.linears(block, site);
-        };
+    /// The codes of a linear by its full module name, or `None` where its weight is plain.
+    pub fn quantized_weight(&self, name: &str) -> Result<Option<QuantizedWeight>> {
         let checkpoint = &self.tower.checkpoint;
+        let Some((format, config)) = self.quantized.as_ref().filter(|_| !checkpoint.contains(&format!("{name}.weight"))) else {
+            return Ok(None);
+        };
         let read = |name: &str| {
             let view = checkpoint.get(name)?;
             let bytes = view.bytes.to_vec();
             checkpoint.release(name);
             Some((checkpoint.spec(name)?, bytes))
         };
-        let specs = self.tower.spec.block.linears(site);
+        format.unpack(name, config, &read).map(Some)
+    }
+
+    /// The linears of a site, dequantized, in f32.
+    pub fn linears(&self, block: usize, site: SiteKind) -> Result<Vec<Linear>> {
+        let tower = &self.tower;
+        let specs = tower.spec.block.linears(site);
         specs
             .iter()
-            .map(|spec| {
-                let name = self.tower.linear_name(block, spec);
-                if checkpoint.contains(&format!("{name}.weight")) {
-                    let weight = self.tower.load(&format!("{name}.weight"))?;
-                    return Ok(Linear { weight, bias: self.tower.bias(block, spec)? });
-                }
-                let weight = format.unpack(&name, config, &read)?;
-                let shape = (weight.rows, weight.columns);
-                if shape != (spec.rows, spec.columns) {
-                    return Err(crate::error::Error::invalid(
-                        name,
-                        format!("has shape {shape:?}, config.json asks for {:?}", (spec.rows, spec.columns)),
-                        "config.json and weights are of different models",
-                    ));
-                }
-                Ok(Linear {
-                    weight: Tensor::from_vec(weight.dequantize(), shape, &Device::Cpu)?,
-                    bias: self.tower.bias(block, spec)?,
-                })
+            .map(|spec| match self.quantized_weight(&tower.linear_name(block, spec))? {
+                None => tower.linear(block, spec),
+                Some(weight) => tower.quantized_linear(block, spec, &weight),
             })
             .collect()
     }

@@ -7,6 +7,7 @@ use super::rotary::Rotary;
 use super::spec::{BlockSpec, ModelSpec, TowerNames};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
+use crate::numerics::QuantizedWeight;
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use std::path::Path;
@@ -213,20 +214,39 @@ impl Tower {
         self.load(&name).map(Some)
     }
 
+    /// An unquantized linear, in f32.
+    pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
+        let name = format!("{}.weight", self.linear_name(block, linear));
+        self.expect(&name, &[linear.rows, linear.columns])?;
+        Ok(Linear {
+            weight: self.load(&name)?,
+            bias: self.bias(block, linear)?,
+        })
+    }
+
+    /// A linear with its quantized weight, dequantized to f32, and its own bias.
+    ///
+    /// # Errors
+    /// The weight has another shape than config.json asks for.
+    pub fn quantized_linear(&self, block: usize, linear: &LinearSpec, weight: &QuantizedWeight) -> Result<Linear> {
+        let shape = (weight.rows, weight.columns);
+        if shape != (linear.rows, linear.columns) {
+            return Err(Error::invalid(
+                self.linear_name(block, linear),
+                format!("has shape {shape:?}, config.json asks for {:?}", (linear.rows, linear.columns)),
+                "config.json and weights are of different models",
+            ));
+        }
+        Ok(Linear {
+            weight: Tensor::from_vec(weight.dequantize(), shape, &self.device)?,
+            bias: self.bias(block, linear)?,
+        })
+    }
+
     /// The unquantized linears of a site, in f32.
     pub fn linears(&self, block: usize, site: SiteKind) -> Result<Vec<Linear>> {
         let linears = self.spec.block.linears(site);
-        linears
-            .iter()
-            .map(|linear| {
-                let name = format!("{}.weight", self.linear_name(block, linear));
-                self.expect(&name, &[linear.rows, linear.columns])?;
-                Ok(Linear {
-                    weight: self.load(&name)?,
-                    bias: self.bias(block, linear)?,
-                })
-            })
-            .collect()
+        linears.iter().map(|linear| self.linear(block, linear)).collect()
     }
 
     /// The final norm and the head: `hidden [tokens, hidden] → logits [tokens, vocabulary]` in f32.

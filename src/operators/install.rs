@@ -6,7 +6,6 @@ use super::records::{Committed, Go};
 use crate::error::Result;
 use crate::model::Linear;
 use crate::numerics::QuantizedWeight;
-use candle_core::{Device, Tensor};
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -49,19 +48,13 @@ fn linears<'a>(
     weights: impl Iterator<Item = Option<&'a QuantizedWeight>>,
 ) -> Result<Vec<Linear>> {
     let (block, site) = shared.plan.step(step);
-    let specs = shared.tower.spec.block.linears(site);
-    specs
-        .iter()
-        .zip(weights)
+    let tower = &shared.tower;
+    let specs = tower.spec.block.linears(site);
+    let pairs = specs.iter().zip(weights);
+    pairs
         .map(|(spec, weight)| match weight {
-            None => Ok(Linear {
-                weight: shared.tower.load(&format!("{}.weight", shared.tower.linear_name(block, spec)))?,
-                bias: shared.tower.bias(block, spec)?,
-            }),
-            Some(weight) => Ok(Linear {
-                weight: Tensor::from_vec(weight.dequantize(), (weight.rows, weight.columns), &Device::Cpu)?,
-                bias: shared.tower.bias(block, spec)?,
-            }),
+            None => tower.linear(block, spec),
+            Some(weight) => tower.quantized_linear(block, spec, weight),
         })
         .collect()
 }

@@ -1,0 +1,297 @@
+//! What can be typed.
+
+use crate::error::{Error, Result};
+use crate::numerics::factor::ColumnOrder;
+use crate::recipe::{Method, Recipe};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Quantize large language and multimodal checkpoints: calibrated with text, exact, resumable, in little memory.
+///
+/// Begin with `quantflow demo`: it quantizes the small multimodal model that ships with the repository and says what that cost.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log filter: error, warn, info, debug, or per module (also RUST_LOG)
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Quantize the shipped tiny multimodal model with text, and compare before and after
+    Demo(DemoArguments),
+    /// Quantize a Hugging Face checkpoint directory
+    ///
+    /// Example: quantflow quantize ./Qwen3-8B -o ./Qwen3-8B-W4 --calibration texts.jsonl
+    /// Vision towers, projectors and heads are left as they are, byte for byte.
+    Quantize(QuantizeArguments),
+    /// Say what `quantize` would do, and how much memory it would take; runs nothing
+    Plan(QuantizeArguments),
+    /// Compare a quantized checkpoint with its original on text: perplexity, KL, top-1 agreement
+    Evaluate(EvaluateArguments),
+    /// Read an output back: every tensor accounted for, copies byte-identical, digest as recorded
+    Verify(VerifyArguments),
+    /// Describe a checkpoint or an unfinished run
+    Inspect(InspectArguments),
+    /// Write the logits of a checkpoint for given tokens (for interoperability tests)
+    #[command(hide = true)]
+    Logits(LogitsArguments),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct QuantizeArguments {
+    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json
+    pub model: PathBuf,
+    /// Output directory: new, empty, or holding an unfinished run of the same command
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    /// Texts: .jsonl .json .txt .csv .parquet, plain `text` rows or conversations; or names in --dataset-dir
+    #[arg(long, num_args = 1.., value_name = "PATH", help_heading = "Calibration")]
+    pub calibration: Vec<String>,
+    /// Folder with dataset_info.json (LLaMA-Factory's schema)
+    #[arg(long, value_name = "DIR", help_heading = "Calibration")]
+    pub dataset_dir: Option<PathBuf>,
+    /// Sequences to calibrate with
+    #[arg(long, default_value_t = 128, value_name = "N", help_heading = "Calibration")]
+    pub samples: usize,
+    /// Tokens of a sequence; short documents are packed
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Calibration")]
+    pub length: usize,
+    /// 0: documents in file order; else shuffled with this seed
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Calibration")]
+    pub seed: u64,
+    /// Exactly these token ids: int32 or int64 [sequences, length]
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "calibration", help_heading = "Calibration")]
+    pub calibration_tokens: Option<PathBuf>,
+    /// w4a16, w8a16, w3a16, w2a16, or a .toml file; flags override it
+    #[arg(long, default_value = "w4a16", value_name = "NAME|FILE", help_heading = "Scheme")]
+    pub recipe: String,
+    /// 2, 3, 4 or 8
+    #[arg(long, value_name = "N", help_heading = "Scheme")]
+    pub bits: Option<u32>,
+    /// Inputs that share a scale; 0: one scale a row
+    #[arg(long, value_name = "N", help_heading = "Scheme")]
+    pub group_size: Option<usize>,
+    /// Where the group size does not divide a width, use its largest divisor that fits, and say so
+    #[arg(long, help_heading = "Scheme")]
+    pub group_fallback: bool,
+    /// Fixed zero points (what Marlin kernels want)
+    #[arg(long, conflicts_with = "asymmetric", help_heading = "Scheme")]
+    pub symmetric: bool,
+    /// Searched zero points
+    #[arg(long, help_heading = "Scheme")]
+    pub asymmetric: bool,
+    /// Column order: by descending Hessian diagonal, or as they come
+    #[arg(long, value_name = "ORDER", help_heading = "Scheme")]
+    pub actorder: Option<ActOrder>,
+    /// Damping as a share of the Hessian's mean diagonal
+    #[arg(long, value_name = "F", help_heading = "Scheme")]
+    pub damp_percent: Option<f64>,
+    /// Regular expressions: linears to leave alone besides heads, vision towers, projectors
+    #[arg(long, num_args = 1.., value_name = "REGEX", help_heading = "Scheme")]
+    pub ignore: Vec<String>,
+    /// gptq (calibrated) or rtn (no calibration)
+    #[arg(long, value_name = "METHOD", help_heading = "Scheme")]
+    pub method: Option<MethodName>,
+    /// Where calibration activations come from: the model with earlier blocks already quantized
+    #[arg(long, default_value = "sequential", value_name = "MODE", help_heading = "Scheme")]
+    pub activations: Activations,
+    /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
+    #[arg(long, value_name = "F", help_heading = "Scheme")]
+    pub match_original: Option<f64>,
+    /// Rounds of scale refit and coordinate descent after GPTQ
+    #[arg(long, value_name = "N", help_heading = "Scheme")]
+    pub refine: Option<usize>,
+    /// compressed-tensors, gptq or gptq-v2
+    #[arg(long, value_name = "NAME", help_heading = "Output")]
+    pub format: Option<String>,
+    /// Bytes of tensor data in a file: 5GB, 512MiB, …
+    #[arg(long, default_value = "5GB", value_parser = bytes, value_name = "BYTES", help_heading = "Output")]
+    pub max_shard_size: u64,
+    /// Resident memory to stay within: 2GiB, …
+    #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "Resources")]
+    pub memory: Option<u64>,
+    /// Where activations spill that do not fit; default: the output directory
+    #[arg(long, value_name = "DIR", help_heading = "Resources")]
+    pub scratch: Option<PathBuf>,
+    /// auto and cpu are the same in this build
+    #[arg(long, default_value = "auto", value_name = "DEVICE", help_heading = "Resources")]
+    pub device: String,
+    /// Worker threads; default: one a core. Any number gives the same bytes
+    #[arg(long, value_name = "N", help_heading = "Resources")]
+    pub workers: Option<usize>,
+    /// Forget an unfinished run, or replace an output of quantflow
+    #[arg(long)]
+    pub fresh: bool,
+    /// Exit with 0 even if a row of the report passed its threshold
+    #[arg(long)]
+    pub no_strict: bool,
+    /// Exit with 3 if a row of the report passed its threshold (the default)
+    #[arg(long, conflicts_with = "no_strict")]
+    pub strict: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ActOrder {
+    Static,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum MethodName {
+    Gptq,
+    Rtn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Activations {
+    Sequential,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EvaluateArguments {
+    /// The quantized checkpoint
+    pub model: PathBuf,
+    /// The original checkpoint
+    #[arg(long, value_name = "ORIGINAL")]
+    pub reference: PathBuf,
+    /// Text to compare on: any calibration format
+    #[arg(long, value_name = "FILE", required_unless_present = "tokens")]
+    pub text: Option<PathBuf>,
+    /// Exactly these token ids: int32 or int64 [windows, length]
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "text")]
+    pub tokens: Option<PathBuf>,
+    /// Tokens of a window of --text
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub length: usize,
+    /// Only the first N windows
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// Worker threads; default: one a core
+    #[arg(long, value_name = "N")]
+    pub workers: Option<usize>,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyArguments {
+    /// The output of `quantize`
+    pub output: PathBuf,
+    /// The checkpoint that it was made from
+    #[arg(long, value_name = "MODEL")]
+    pub source: PathBuf,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArguments {
+    /// A checkpoint, or the folder of an unfinished run
+    pub path: PathBuf,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LogitsArguments {
+    pub model: PathBuf,
+    #[arg(long)]
+    pub tokens: PathBuf,
+    #[arg(short, long)]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArguments {
+    /// Folder of the tiny model and its data; default: the one in the repository
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Keep the quantized checkpoint here
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    /// 2, 3, 4 or 8
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub bits: u32,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl QuantizeArguments {
+    /// The recipe that was named, with the flags that were given over it.
+    pub(super) fn resolve(&self) -> Result<Recipe> {
+        let mut recipe = Recipe::find(&self.recipe)?;
+        let set = |value: &mut usize, flag: Option<usize>| *value = flag.unwrap_or(*value);
+        recipe.bits = self.bits.unwrap_or(recipe.bits);
+        set(&mut recipe.group_size, self.group_size);
+        set(&mut recipe.refine_rounds, self.refine);
+        recipe.group_fallback |= self.group_fallback;
+        recipe.symmetric = !self.asymmetric && (self.symmetric || recipe.symmetric);
+        if let Some(order) = self.actorder {
+            recipe.actorder = match order {
+                ActOrder::Static => ColumnOrder::Static,
+                ActOrder::None => ColumnOrder::None,
+            };
+        }
+        if let Some(method) = self.method {
+            recipe.method = match method {
+                MethodName::Gptq => Method::Gptq,
+                MethodName::Rtn => Method::Rtn,
+            };
+        }
+        recipe.damp_percent = self.damp_percent.unwrap_or(recipe.damp_percent);
+        recipe.match_original = self.match_original.unwrap_or(recipe.match_original);
+        recipe.ignore.extend(self.ignore.iter().cloned());
+        if let Some(format) = &self.format {
+            recipe.format.clone_from(format);
+        }
+        if !["auto", "cpu"].contains(&self.device.as_str()) {
+            return Err(Error::usage(
+                "--device",
+                format!("{} is not in this build", self.device),
+                "use --device cpu",
+            ));
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+}
+
+/// One worker a core.
+pub(super) fn workers(flag: Option<usize>) -> Result<usize> {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    match flag.unwrap_or_else(cores) {
+        workers @ 1..=256 => Ok(workers),
+        other => Err(Error::usage("--workers", format!("{other} is not between 1 and 256"), "")),
+    }
+}
+
+/// `5GB`, `512MiB`, `1000000`
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim();
+    let unit: u64 = match text[text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" => 1_000,
+        "m" | "mb" => 1_000_000,
+        "g" | "gb" => 1_000_000_000,
+        "t" | "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        other => return Err(format!("{other} is not a unit: use KB, MB, GB, KiB, MiB, GiB")),
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("{text} is not a number of bytes: try 2GiB"))?;
+    let value = number * unit as f64;
+    if (1.0..1e18).contains(&value) { Ok(value as u64) } else { Err(format!("{text} is out of range")) }
+}

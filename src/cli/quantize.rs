@@ -1,0 +1,130 @@
+//! `quantize` and `plan`.
+
+use super::arguments::{QuantizeArguments, workers};
+use super::text::{bytes, seconds};
+use super::{Outcome, print_json, progress};
+use crate::calibration::{self, Calibration, Source};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::model::families;
+use crate::operators::Halt;
+use crate::pipelines::quantize::{Job, Summary, quantize};
+use crate::recipe::Method;
+use std::path::Path;
+use std::sync::Arc;
+
+pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Outcome> {
+    if arguments.output.is_none() {
+        return Err(Error::usage("--output", "is missing", "say where the quantized checkpoint goes: -o OUT"));
+    }
+    let job = job(arguments)?;
+    for note in &job.calibration.usage.notes {
+        eprintln!("note: {note}");
+    }
+    let summary = quantize(&job, &progress::observer(!arguments.json), halt)?;
+    if arguments.json {
+        print_json(&summary)?;
+    } else {
+        print_summary(arguments, &job, &summary);
+    }
+    Ok(if summary.fallbacks > 0 && !arguments.no_strict { Outcome::Warnings } else { Outcome::Fine })
+}
+
+pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
+    let job = job(arguments)?;
+    let (tower, plan) = job.plan()?;
+    let (peak, resident) = job.predict(&plan)?;
+    let quantized: Vec<_> = plan.linears.iter().filter(|linear| linear.grid.is_some()).collect();
+    let output: u64 = plan.output.iter().map(|spec| spec.byte_len() as u64).sum();
+    if arguments.json {
+        let linears: Vec<_> = quantized
+            .iter()
+            .map(|l| serde_json::json!({"name": l.name, "rows": l.rows, "columns": l.columns, "scheme": l.scheme(), "fallback": l.fallback}))
+            .collect();
+        print_json(&serde_json::json!({
+            "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
+            "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
+            "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
+        }))?;
+        return Ok(Outcome::Fine);
+    }
+    println!("{}: {} blocks, {} linears to quantize", tower.spec.architecture, plan.blocks(), quantized.len());
+    for linear in quantized.iter().take_while(|linear| linear.block == 0) {
+        println!("  {:<44} {:>6} x {:<6} {}", linear.name, linear.rows, linear.columns, linear.scheme());
+    }
+    println!("  … the same in every block; {} tensors are copied as they are", plan.copied.len());
+    println!("calibration   {} tokens", job.calibration.usage.tokens_used);
+    println!("peak memory   {} predicted, with {} workers", bytes(peak), job.workers);
+    println!("output        {} ({} now), {}", bytes(output), bytes(tower.checkpoint.byte_len()), plan.format.name());
+    Ok(Outcome::Fine)
+}
+
+fn job(arguments: &QuantizeArguments) -> Result<Job> {
+    let recipe = arguments.resolve()?;
+    let calibration = match recipe.method {
+        Method::Gptq => calibrate(arguments)?,
+        Method::Rtn => Calibration { batches: Vec::new(), usage: Default::default() },
+    };
+    Ok(Job {
+        model: arguments.model.clone(),
+        output: arguments.output.clone().unwrap_or_default(),
+        recipe,
+        calibration,
+        workers: workers(arguments.workers)?,
+        memory: arguments.memory,
+        scratch: arguments.scratch.clone(),
+        shard_bytes_max: arguments.max_shard_size,
+        fresh: arguments.fresh,
+        arrival: None,
+    })
+}
+
+fn calibrate(arguments: &QuantizeArguments) -> Result<Calibration> {
+    let vocab_size = vocab_size(&arguments.model)?;
+    if let Some(file) = &arguments.calibration_tokens {
+        return calibration::from_npy(file, vocab_size);
+    }
+    if arguments.calibration.is_empty() {
+        return Err(Error::usage(
+            "--calibration",
+            "is missing",
+            "name a text file (.jsonl, .json, .txt, .csv, .parquet), or use --method rtn, which needs none",
+        ));
+    }
+    let source = Source {
+        names: arguments.calibration.clone(),
+        dataset_dir: arguments.dataset_dir.clone(),
+        samples: arguments.samples,
+        length: arguments.length,
+        seed: arguments.seed,
+        ..Source::default()
+    };
+    calibration::load(&source, &arguments.model, vocab_size)
+}
+
+/// Rows of a checkpoint's embedding, from its config.
+pub(super) fn vocab_size(model: &Path) -> Result<usize> {
+    Ok(families::parse(Checkpoint::open(model)?.config())?.vocab_size)
+}
+
+fn print_summary(arguments: &QuantizeArguments, job: &Job, s: &Summary) {
+    let usage = &s.calibration;
+    println!("\nquantized {} linears of {}", s.linears, arguments.model.display());
+    if s.calibration_tokens > 0 {
+        println!("  calibration  {} tokens from {} of {} documents", usage.tokens_used, usage.documents_used, usage.documents_found);
+        for (reason, count) in &usage.left_out {
+            println!("               left out: {count} × {reason}");
+        }
+    }
+    println!("  quality      mean output error {:.3} %; measure it: quantflow evaluate", s.relative_error_mean * 100.0);
+    let ratio = s.source_bytes as f64 / s.output_bytes.max(1) as f64;
+    println!("  size         {} → {} ({ratio:.1} times smaller), {}", bytes(s.source_bytes), bytes(s.output_bytes), s.format);
+    println!("  time         {} ({} of CPU)", seconds(s.elapsed_seconds), seconds(s.cpu_seconds));
+    println!("  peak memory  {} ({} planned)", bytes(s.peak_host_bytes), bytes(s.plan_peak_host_bytes));
+    if s.fallbacks > 0 {
+        println!("  warnings     {} linears: see {}", s.fallbacks, job.output.join("quantization_report.jsonl").display());
+    }
+    println!("  output       {}", s.output.display());
+    println!("\nnext:  quantflow evaluate {} --reference {} --text FILE", s.output.display(), arguments.model.display());
+    println!("serve: vllm serve {}", s.output.display());
+}
