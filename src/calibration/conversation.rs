@@ -173,8 +173,8 @@ pub fn tools(value: &Value) -> Result<Vec<Value>, Reason> {
         Value::Null => return Ok(Vec::new()),
         Value::String(text) if text.trim().is_empty() => return Ok(Vec::new()),
         Value::String(text) => {
-            parsed = serde_json::from_str::<Value>(text)
-                .map_err(|_| Reason::from("the tools are not JSON"))?;
+            parsed =
+                serde_json::from_str::<Value>(text).map_err(|_| Reason::from("the tools are not JSON"))?;
             &parsed
         }
         other => other,

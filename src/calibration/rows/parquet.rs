@@ -82,8 +82,7 @@ impl ParquetRows {
         let options = ReadOptionsBuilder::new()
             .with_predicate(Box::new(move |_, index| index >= group))
             .build();
-        let reader =
-            SerializedFileReader::new_with_options(file, options).map_err(|e| bad(path, &e))?;
+        let reader = SerializedFileReader::new_with_options(file, options).map_err(|e| bad(path, &e))?;
         let rows = RowIter::from_file_into(Box::new(reader))
             .project(Some(self.projection.clone()))
             .map_err(|e| bad(path, &e))?;
