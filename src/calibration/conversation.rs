@@ -111,7 +111,7 @@ impl Tags {
         let by_tag = named
             .iter()
             .find_map(|(tag, role)| (tag.as_deref() == Some(name)).then_some(*role));
-        by_tag.or_else(|| match name {
+        by_tag.or(match name {
             _ if !self.lenient => None,
             "system" | "developer" => Some(Role::System),
             "human" | "user" => Some(Role::User),

@@ -51,6 +51,13 @@ pub(super) fn open(source: &Source) -> Result<Vec<Opened>> {
             continue;
         }
         let path = Path::new(name);
+        if path.ends_with(dataset_info::FILE_NAME) {
+            return Err(Error::usage(
+                "--calibration",
+                format!("{name} describes datasets and holds none"),
+                "give its folder with --dataset-dir, and the names of datasets in it with --calibration",
+            ));
+        }
         if !path.exists() {
             return Err(unknown(name, info.as_ref()));
         }

@@ -154,7 +154,7 @@ impl Default for Source {
 /// into `samples` windows of `length` tokens; conversations go through the chat template. Reading stops when the windows
 /// are full. Fewer windows than wanted are a note in the usage; not one is an error.
 pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Calibration> {
-    let wanted = source.samples.checked_mul(source.length).unwrap_or(usize::MAX);
+    let wanted = source.samples.saturating_mul(source.length);
     for (flag, value) in [("--samples", source.samples), ("--length", source.length)] {
         if value == 0 {
             return Err(Error::usage(

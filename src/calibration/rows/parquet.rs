@@ -49,11 +49,8 @@ impl ParquetRows {
                 group_starts.push(next);
             }
             let root = reader.metadata().file_metadata().schema();
-            let (opaque, kept): (Vec<_>, Vec<_>) = root
-                .get_fields()
-                .iter()
-                .cloned()
-                .partition(|column| holds_raw_bytes(column));
+            let (opaque, kept): (Vec<_>, Vec<_>) =
+                root.get_fields().iter().cloned().partition(holds_raw_bytes);
             let projection = Type::group_type_builder(root.name())
                 .with_fields(kept)
                 .build()
