@@ -146,17 +146,18 @@ impl Plan {
                 continue;
             }
             let Some(spec) = tower.checkpoint.spec(name) else { continue };
-            if let (Some(module), [rows, columns]) = (name.strip_suffix(".weight"), spec.shape[..])
+            if let Some(module) = name.strip_suffix(".weight")
+                && let [rows, columns] = spec.shape[..]
                 && name != embedding
                 && !self.linears.iter().any(|linear| linear.name == module)
             {
                 let layout = LinearLayout { name: module.into(), rows, columns, grid: None };
                 self.outside.push(layout);
             }
-            // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
             self.copied.push(name.to_owned());
             self.output.push(spec);
         }
+        // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
         if tower.head_name() == embedding {
             let [rows, columns] = [tower.spec.vocab_size, tower.spec.hidden_size];
             self.outside.push(LinearLayout { name: "lm_head".into(), rows, columns, grid: None });

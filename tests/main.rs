@@ -3,3 +3,6 @@
 mod calibration;
 mod families;
 mod golden;
+//! Integration tests: one binary, a module a subject.
+
+mod formats;

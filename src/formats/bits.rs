@@ -129,24 +129,21 @@ mod tests {
             let (row, column) = (at / columns, at % columns);
             for bit in 0..bits {
                 let place = column * bits + bit;
-                packed[row * width + place / 32] |=
-                    u32::from(code >> bit & 1) << (place % 32);
+                packed[row * width + place / 32] |= u32::from(code >> bit & 1) << (place % 32);
             }
         }
         packed
     }
 
     fn matrices() -> impl Strategy<Value = (Vec<u8>, usize, u32)> {
-        (1usize..5, 1usize..140, prop::sample::select(&WIDTHS[..])).prop_flat_map(
-            |(rows, columns, bits)| {
-                let max = ((1u32 << bits) - 1) as u8;
-                (
-                    prop::collection::vec(0..=max, rows * columns),
-                    Just(columns),
-                    Just(bits),
-                )
-            },
-        )
+        (1usize..5, 1usize..140, prop::sample::select(&WIDTHS[..])).prop_flat_map(|(rows, columns, bits)| {
+            let max = ((1u32 << bits) - 1) as u8;
+            (
+                prop::collection::vec(0..=max, rows * columns),
+                Just(columns),
+                Just(bits),
+            )
+        })
     }
 
     proptest! {

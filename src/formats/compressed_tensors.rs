@@ -8,9 +8,9 @@
 //! Sources: compressed-tensors 0.20, `compressors/pack_quantized/{base,helpers}.py` and `quantization/quant_{args,scheme,config}.py`;
 //! vLLM, `compressed_tensors/schemes/compressed_tensors_wNa16.py` (4 and 8 bits only).
 
-use super::raw::{Lookup, Raw, scale_bytes, scale_type};
+use super::raw::{Raw, scale_bytes, scale_type};
 use super::schemes::{self, Scheme};
-use super::{Format, LinearLayout, TensorSpec, bits};
+use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits};
 use crate::error::{Error, Result};
 use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
 use regex::Regex;
@@ -51,11 +51,7 @@ impl Format for CompressedTensors {
         let width = bits::words(columns, grid.bits);
         let mut specs = vec![
             spec("weight_packed", Dtype::I32, vec![rows, width]),
-            spec(
-                "weight_scale",
-                scale_type(grid.scale_dtype),
-                vec![rows, groups],
-            ),
+            spec("weight_scale", scale_type(grid.scale_dtype), vec![rows, groups]),
             spec("weight_shape", Dtype::I64, vec![2]),
         ];
         if !grid.symmetric {
@@ -83,12 +79,7 @@ impl Format for CompressedTensors {
         tensors
     }
 
-    fn unpack(
-        &self,
-        linear: &str,
-        config: &Value,
-        tensor: &dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>,
-    ) -> Result<QuantizedWeight> {
+    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
         let Scheme {
             bits,
             group_size,
@@ -249,7 +240,10 @@ fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
             format!("num_bits is {}", weights["num_bits"]),
         ));
     };
-    let group_size = match (weights.get("strategy").and_then(Value::as_str), number("group_size")) {
+    let group_size = match (
+        weights.get("strategy").and_then(Value::as_str),
+        number("group_size"),
+    ) {
         (Some("channel"), _) | (None, Some(-1)) => None,
         (Some("group") | None, Some(size)) if size > 0 => usize::try_from(size).ok(),
         (strategy, size) => {
@@ -267,13 +261,14 @@ fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
 }
 
 /// Rows, columns and codes. `weight_shape` is believed only as far as the packed tensor bears it out.
-fn read_codes(linear: &str, bits: u32, lookup: Lookup<'_>) -> Result<(usize, usize, Vec<u8>)> {
+fn read_codes(linear: &str, bits: u32, lookup: TensorLookup<'_>) -> Result<(usize, usize, Vec<u8>)> {
     let packed = Raw::required(lookup, linear, "weight_packed")?;
     let shape = Raw::required(lookup, linear, "weight_shape")?;
     let (rows, width) = packed.matrix()?;
+    shape.expect_shape(&[2], "a matrix")?;
     let sides = shape.integers()?;
     let [stated_rows, columns] = sides[..] else {
-        return Err(shape.error(format!("holds {} numbers, not 2", sides.len()), ""));
+        return Err(shape.error("does not hold two numbers", ""));
     };
     let columns = usize::try_from(columns).unwrap_or(0);
     let fits = usize::try_from(stated_rows) == Ok(rows) && columns > 0 && columns / 32 <= width;
@@ -293,7 +288,9 @@ fn read_codes(linear: &str, bits: u32, lookup: Lookup<'_>) -> Result<(usize, usi
         return Ok((rows, columns, codes));
     }
     Err(packed.error(
-        format!("has shape [{rows}, {width}], which does not hold {bits}-bit codes of weight_shape {sides:?}"),
+        format!(
+            "has shape [{rows}, {width}], which does not hold {bits}-bit codes of weight_shape {sides:?}"
+        ),
         "the file is damaged, or num_bits in quantization_config is wrong",
     ))
 }
@@ -304,7 +301,7 @@ fn read_zeros(
     rows: usize,
     groups: usize,
     grid: Grid,
-    lookup: Lookup<'_>,
+    lookup: TensorLookup<'_>,
 ) -> Result<Vec<u8>> {
     let stored = Raw::required(lookup, linear, "weight_zero_point")?;
     if stored.dtype() == Dtype::I8 {
@@ -317,9 +314,7 @@ fn read_zeros(
                 u8::try_from(i16::from(zero) + offset)
                     .ok()
                     .filter(|&zero| zero <= grid.max_code())
-                    .ok_or_else(|| {
-                        stored.error(format!("{zero} does not fit in {} bits", grid.bits), "")
-                    })
+                    .ok_or_else(|| stored.error(format!("{zero} does not fit in {} bits", grid.bits), ""))
             })
             .collect();
     }

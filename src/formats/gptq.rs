@@ -11,8 +11,8 @@
 //! Sources: GPTQModel 7.7, `nn_modules/qlinear/__init__.py` (unpacking), `utils/model.py` (`convert_gptq_v1_to_v2_format_module`),
 //! `models/loader.py` (the refusal), `quantization/config.py`; vLLM, `csrc/quantization/gptq/q_gemm.cu`.
 
-use super::raw::{Lookup, Raw, scale_bytes};
-use super::{Format, LinearLayout, TensorSpec, bits, gptq_config, schemes};
+use super::raw::{Raw, scale_bytes};
+use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits, gptq_config, schemes};
 use crate::error::{Error, Result};
 use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
 use safetensors::Dtype;
@@ -68,10 +68,7 @@ impl Format for Gptq {
             shape,
         };
         let groups = columns / grid.group_size;
-        let (height, width) = (
-            bits::words(columns, grid.bits),
-            bits::words(rows, grid.bits),
-        );
+        let (height, width) = (bits::words(columns, grid.bits), bits::words(rows, grid.bits));
         vec![
             spec("qweight", Dtype::I32, vec![height, rows]),
             spec("qzeros", Dtype::I32, vec![groups, width]),
@@ -103,12 +100,7 @@ impl Format for Gptq {
         ]
     }
 
-    fn unpack(
-        &self,
-        linear: &str,
-        config: &Value,
-        tensor: &dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>,
-    ) -> Result<QuantizedWeight> {
+    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
         let stated = gptq_config::stated(linear, config);
         let qweight = Raw::required(tensor, linear, "qweight")?;
         let (height, rows) = qweight.matrix()?;
@@ -138,9 +130,15 @@ impl Format for Gptq {
             ));
         }
         let group_size = columns / groups;
-        if stated.group_size.is_some_and(|size| size != group_size && size < columns) {
+        if stated
+            .group_size
+            .is_some_and(|size| size != group_size && size < columns)
+        {
             return Err(scale.error(
-                format!("has groups of {group_size}, but quantization_config says {:?}", stated.group_size),
+                format!(
+                    "has groups of {group_size}, but quantization_config says {:?}",
+                    stated.group_size
+                ),
                 "the file is damaged, or bits in quantization_config is wrong",
             ));
         }
@@ -193,7 +191,7 @@ impl Gptq {
         groups: usize,
         grid: Grid,
         trusted_carry: bool,
-        lookup: Lookup<'_>,
+        lookup: TensorLookup<'_>,
     ) -> Result<Vec<u8>> {
         let stored = Raw::required(lookup, linear, "qzeros")?;
         stored.expect_shape(&[groups, bits::words(rows, grid.bits)], "scales")?;
@@ -205,7 +203,10 @@ impl Gptq {
         let wraps = zeros.contains(&grid.max_code());
         if wraps && !trusted_carry {
             return Err(stored.error(
-                format!("holds the field {}, a zero point of 0 that version 1 of the format cannot express", grid.max_code()),
+                format!(
+                    "holds the field {}, a zero point of 0 that version 1 of the format cannot express",
+                    grid.max_code()
+                ),
                 "readers disagree on it; quantize the original again, as gptq-v2 or symmetric",
             ));
         }

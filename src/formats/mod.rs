@@ -49,6 +49,9 @@ pub struct LinearLayout {
     pub grid: Option<Grid>,
 }
 
+/// Gives spec and bytes of a tensor by its full name, or `None`.
+pub type TensorLookup<'a> = &'a dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>;
+
 /// A layout that serving stacks read.
 pub trait Format: Send + Sync {
     /// As on the command line: `compressed-tensors`, `gptq`, `gptq-v2`.
@@ -66,7 +69,7 @@ pub trait Format: Send + Sync {
     /// The little-endian bytes of each tensor of [`Format::specs`], in that order.
     fn pack(&self, weight: &QuantizedWeight) -> Vec<Vec<u8>>;
 
-    /// Reads back what [`Format::pack`] wrote. `tensor` gives spec and bytes by full name, or `None`.
+    /// Reads back what [`Format::pack`] wrote. `tensor` is untrusted.
     ///
     /// `config` is the `quantization_config` of the checkpoint. Works on files of other writers too, as far
     /// as the layout has no run-time reordering (a `g_idx` that is not monotone is an error).
@@ -74,7 +77,7 @@ pub trait Format: Send + Sync {
         &self,
         linear: &str,
         config: &serde_json::Value,
-        tensor: &dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>,
+        tensor: TensorLookup<'_>,
     ) -> Result<QuantizedWeight>;
 
     /// The `quantization_config` object of `config.json`. `linears` lists every linear of the model, the ones left alone too.
@@ -100,6 +103,24 @@ pub fn by_name(name: &str) -> Result<Box<dyn Format>> {
             "--format",
             format!("{other} is not a known format"),
             format!("use one of {}", NAMES.join(", ")),
+        )),
+    }
+}
+
+/// The format of a checkpoint's `quantization_config`.
+///
+/// # Errors
+/// A method or layout that cannot be read.
+pub fn detect(config: &serde_json::Value) -> Result<Box<dyn Format>> {
+    let text = |key: &str| config.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+    match (text("quant_method"), text("checkpoint_format")) {
+        ("compressed-tensors", _) => Ok(Box::new(CompressedTensors)),
+        ("gptq", "gptq" | "") => Ok(Box::new(Gptq::V1)),
+        ("gptq", "gptq_v2") => Ok(Box::new(Gptq::V2)),
+        (method, layout) => Err(Error::invalid(
+            "quantization_config",
+            format!("quant_method {method:?} with checkpoint_format {layout:?} cannot be read"),
+            format!("readable are {}", NAMES.join(", ")),
         )),
     }
 }

@@ -3,7 +3,7 @@
 //! Nothing here allocates more than a small multiple of the bytes that are already in memory, and nothing panics on
 //! any input. It knows no layout; the formats do.
 
-use super::{TensorSpec, bits};
+use super::{TensorLookup, bits};
 use crate::error::{Error, Result};
 use crate::numerics::ScaleDtype;
 use half::{bf16, f16};
@@ -11,9 +11,6 @@ use safetensors::Dtype;
 
 /// The hint on tensors whose content contradicts itself.
 const DAMAGED: &str = "the file is damaged, or was written by a tool whose layout is not known here";
-
-/// Looks tensors up by full name.
-pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>;
 
 /// A tensor whose data is as long as its shape says.
 pub(super) struct Raw {
@@ -25,7 +22,7 @@ pub(super) struct Raw {
 
 impl Raw {
     /// The tensor `{linear}.{part}`, which has to be there.
-    pub(super) fn required(lookup: Lookup<'_>, linear: &str, part: &str) -> Result<Self> {
+    pub(super) fn required(lookup: TensorLookup<'_>, linear: &str, part: &str) -> Result<Self> {
         Self::optional(lookup, linear, part)?.ok_or_else(|| {
             Error::invalid(
                 format!("{linear}.{part}"),
@@ -36,7 +33,7 @@ impl Raw {
     }
 
     /// The tensor `{linear}.{part}`, if it is there.
-    pub(super) fn optional(lookup: Lookup<'_>, linear: &str, part: &str) -> Result<Option<Self>> {
+    pub(super) fn optional(lookup: TensorLookup<'_>, linear: &str, part: &str) -> Result<Option<Self>> {
         let name = format!("{linear}.{part}");
         let Some((spec, data)) = lookup(&name) else {
             return Ok(None);
@@ -78,7 +75,10 @@ impl Raw {
         match self.shape[..] {
             [rows, columns] if rows > 0 && columns > 0 => Ok((rows, columns)),
             _ => Err(self.error(
-                format!("has shape {}, not two dimensions above 0", shape_text(&self.shape)),
+                format!(
+                    "has shape {}, not two dimensions above 0",
+                    shape_text(&self.shape)
+                ),
                 DAMAGED,
             )),
         }

@@ -45,9 +45,7 @@ pub(super) fn schemes(linears: &[LinearLayout]) -> Vec<(Scheme, Vec<&LinearLayou
 
 /// The checks that all integer layouts share: a known width, whole groups, rows that fill whole words.
 pub(super) fn check(linear: &str, rows: usize, columns: usize, grid: Grid) -> Result<()> {
-    let Grid {
-        bits, group_size, ..
-    } = grid;
+    let Grid { bits, group_size, .. } = grid;
     if !super::bits::WIDTHS.contains(&bits) {
         return Err(Error::usage(
             "--bits",

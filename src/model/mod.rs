@@ -5,9 +5,11 @@ pub mod block;
 pub mod families;
 pub mod ops;
 mod rotary;
+mod source;
 pub mod spec;
 mod tower;
 
 pub use block::{Block, Linear, LinearSpec, Norms, SiteKind};
 pub use rotary::Rotary;
+pub use source::Source;
 pub use tower::{Head, Tower};

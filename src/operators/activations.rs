@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::storage::ScratchFile;
 use bytemuck::cast_slice;
 use candle_core::{Device, Tensor};
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -103,12 +103,12 @@ impl ActivationStore {
             Precision::Bf16 => {
                 let mut narrow = vec![bf16::ZERO; values.len()];
                 narrow.convert_from_f32_slice(&values);
-                cast_slice(narrow.reinterpret()).to_vec()
+                cast_slice(narrow.reinterpret_cast()).to_vec()
             }
             Precision::F16 => {
                 let mut narrow = vec![f16::ZERO; values.len()];
                 narrow.convert_from_f32_slice(&values);
-                cast_slice(narrow.reinterpret()).to_vec()
+                cast_slice(narrow.reinterpret_cast()).to_vec()
             }
         };
         let place = if self.resident + bytes.len() <= self.resident_max {

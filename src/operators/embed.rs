@@ -13,7 +13,7 @@ use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Exchange;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// Takes batch positions, exchanged by batch id; once all have come, says [`Go`] at the first step that is not done.
+/// Takes batch positions, dealt over the workers; once all have come, says [`Go`] at the first step that is not done.
 pub fn embed<'scope>(batches: StreamVec<'scope, u64, (u64, usize)>, local: Rc<Local>) -> StreamVec<'scope, u64, Go> {
     let route = Exchange::new(|(id, _): &(u64, usize)| *id);
     batches.unary_frontier::<CapacityContainerBuilder<Vec<Go>>, _, _, _>(route, "embed", move |capability: Capability<u64>, _| {

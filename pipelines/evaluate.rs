@@ -1,0 +1,324 @@
+//! Two checkpoints streamed side by side, block by block, and compared on text: works for models larger than memory.
+//!
+//! ```text
+//! windows ─exchange─► embed both ─► [ block 0 ─► block 1 ─► … ] ─► score ─exchange to 0─► gather
+//!                                     time = block, both models' weights loaded once a process
+//! ```
+
+use super::run;
+use crate::calibration::Calibration;
+use crate::error::{Error, Result};
+use crate::model::{Block, Head, Linear, Rotary, SiteKind, Source};
+use crate::numerics::divergence::{Divergence, compare};
+use crate::operators::Halt;
+use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
+use crate::operators::stages::Shelf;
+use crate::report::{self, Observer};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use timely::container::CapacityContainerBuilder;
+use timely::dataflow::StreamVec;
+use timely::dataflow::channels::pact::{Exchange, Pipeline};
+use timely::dataflow::operators::vec::ToStream;
+use timely::dataflow::operators::{Capability, Concat, ConnectLoop, Feedback, Operator};
+
+/// Rows of logits at a time: 64 × 256,000 in f32 are 64 MiB a model.
+const SCORE_ROWS: usize = 64;
+/// Activations that stay in memory, over all workers.
+const RESIDENT_BYTES: usize = 256 << 20;
+
+/// What to compare.
+#[derive(Debug)]
+pub struct Evaluation {
+    /// The quantized checkpoint (any that can be read).
+    pub model: PathBuf,
+    /// The original.
+    pub reference: PathBuf,
+    /// Windows of one length.
+    pub windows: Calibration,
+    /// Worker threads.
+    pub workers: usize,
+}
+
+/// What was measured; `evaluate --json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scores {
+    /// exp of the mean −log p of each token given those before it in its window.
+    pub perplexity: f64,
+    /// The same of the reference.
+    pub reference_perplexity: f64,
+    /// Mean KL(reference ‖ model) a position, natural logarithm.
+    pub kl_mean: f64,
+    /// Its standard error over windows; absent with one window.
+    pub kl_standard_error: Option<f64>,
+    /// 99th percentile of the KL of single positions.
+    pub kl_p99: f64,
+    /// Share of positions at which both have the same most likely token.
+    pub top1_agreement: f64,
+    /// Positions compared.
+    pub tokens: u64,
+    /// Wall clock.
+    pub elapsed_seconds: f64,
+    /// Peak resident bytes of the process.
+    pub peak_host_bytes: u64,
+}
+
+struct Shared {
+    models: [Source; 2],
+    streams: [Stream; 2],
+    windows: Calibration,
+    rotary: [Vec<Arc<Rotary>>; 2],
+    blocks: Shelf<(Block, Vec<Vec<Linear>>)>,
+    heads: Shelf<Head>,
+    observer: Arc<dyn Observer>,
+    halt: Arc<Halt>,
+}
+
+/// The positions of one window of a batch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct WindowScore {
+    /// Place among all windows.
+    window: (usize, usize),
+    kl: Vec<f64>,
+    nll: f64,
+    reference_nll: f64,
+    top1: u64,
+}
+
+/// Compares the two.
+///
+/// # Errors
+/// A checkpoint that cannot be read, or two that do not fit together.
+pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Scores> {
+    let begin = Instant::now();
+    let models = [Source::open(&job.model, Device::Cpu)?, Source::open(&job.reference, Device::Cpu)?];
+    let [model, reference] = [&models[0].tower, &models[1].tower];
+    if model.spec.vocab_size != reference.spec.vocab_size {
+        return Err(Error::invalid(
+            job.model.display().to_string(),
+            format!("has a vocabulary of {}, the reference of {}", model.spec.vocab_size, reference.spec.vocab_size),
+            "compare a quantized checkpoint with the one it was made from",
+        ));
+    }
+    if model.blocks() != reference.blocks() {
+        return Err(Error::invalid(
+            job.model.display().to_string(),
+            format!("has {} decoder layers, the reference {}", model.blocks(), reference.blocks()),
+            "compare a quantized checkpoint with the one it was made from",
+        ));
+    }
+    let length = job.windows.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    if length < 2 {
+        return Err(Error::usage("--text", "there is no window of at least two tokens", "give more text"));
+    }
+    observer.phase("evaluate", ((model.blocks() + 1) * job.windows.batches.len()) as u64);
+    let rotary = [model.rotary(length)?, reference.rotary(length)?];
+    let scores: Arc<Mutex<Vec<WindowScore>>> = Arc::default();
+    let shared = Arc::new(Shared {
+        models,
+        streams: [Stream::Quantized, Stream::Original],
+        windows: job.windows,
+        rotary,
+        blocks: Shelf::default(),
+        heads: Shelf::default(),
+        observer: Arc::clone(observer),
+        halt: Arc::clone(halt),
+    });
+    let (for_workers, gathered) = (Arc::clone(&shared), Arc::clone(&scores));
+    let resident = RESIDENT_BYTES / job.workers;
+    run::on_workers(job.workers, halt, move |worker| {
+        let folder = std::env::temp_dir();
+        let store = Rc::new(RefCell::new(ActivationStore::new(&folder, resident, Precision::F32)));
+        let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
+        let windows: Vec<usize> = match worker.index() {
+            0 => (0..shared.windows.batches.len()).collect(),
+            _ => Vec::new(),
+        };
+        worker.dataflow_named("evaluate", |scope| {
+            let (next, cycle) = scope.feedback(1);
+            let positions = windows.to_stream(scope);
+            let steps = spread(positions).concat(cycle);
+            let (passed, scored) = blocks(steps, Arc::clone(&shared), store);
+            passed.connect_loop(next);
+            gather(scored, gathered);
+        });
+        Ok(())
+    })?;
+    drop(shared);
+    let windows = Arc::into_inner(scores).and_then(|scores| scores.into_inner().ok()).unwrap_or_default();
+    let mut scores = summarize(windows)?;
+    scores.elapsed_seconds = begin.elapsed().as_secs_f64();
+    scores.peak_host_bytes = report::peak_host_bytes();
+    Ok(scores)
+}
+
+/// Deals the batches over the workers.
+fn spread(positions: StreamVec<'_, u64, usize>) -> StreamVec<'_, u64, usize> {
+    let route = Exchange::new(|position: &usize| *position as u64);
+    positions.unary::<CapacityContainerBuilder<Vec<usize>>, _, _, _>(route, "spread", |_, _| {
+        move |input, output| input.for_each_stamp(|capability, data| output.session(&capability).give_containers(data))
+    })
+}
+
+type Passed<'s> = StreamVec<'s, u64, usize>;
+type Scored<'s> = StreamVec<'s, u64, WindowScore>;
+
+/// Carries each batch through the block of its time in both models; after the last, scores it.
+fn blocks<'s>(
+    steps: StreamVec<'s, u64, usize>,
+    shared: Arc<Shared>,
+    store: Rc<RefCell<ActivationStore>>,
+) -> (Passed<'s>, Scored<'s>) {
+    let scope = steps.scope();
+    let results = steps.unary::<CapacityContainerBuilder<Vec<Result<usize, WindowScore>>>, _, _, _>(
+        Pipeline,
+        "block",
+        move |_, info| {
+            let again = scope.worker().activator_for(info.address);
+            let mut queue: VecDeque<(Capability<u64>, usize)> = VecDeque::new();
+            move |input, output| {
+                input.for_each_stamp(|capability, data| {
+                    if let Some(capability) = capability.retain_least(output.output_index()) {
+                        queue.extend(data.flat_map(|c| c.drain(..)).map(|position| (capability.clone(), position)));
+                    }
+                });
+                // Earlier blocks first, so that at most two blocks' weights are in use.
+                queue.make_contiguous().sort_by_key(|(capability, position)| (*capability.time(), *position));
+                if let Some((capability, position)) = queue.pop_front().filter(|_| !shared.halt.is_raised()) {
+                    match step(&shared, &mut store.borrow_mut(), *capability.time() as usize, position) {
+                        Ok(results) => output.session(&capability).give_iterator(results.into_iter()),
+                        Err(error) => {
+                            shared.halt.raise(error);
+                            queue.clear();
+                        }
+                    }
+                    shared.observer.advance(1);
+                }
+                if !queue.is_empty() {
+                    again.activate();
+                }
+            }
+        },
+    );
+    use timely::dataflow::operators::core::OkErr;
+    results.ok_err(|result| result)
+}
+
+fn step(
+    shared: &Shared,
+    store: &mut ActivationStore,
+    block: usize,
+    position: usize,
+) -> Result<Vec<Result<usize, WindowScore>>> {
+    let batch = &shared.windows.batches[position];
+    let mut residuals = Vec::new();
+    for (i, (source, &stream)) in shared.models.iter().zip(&shared.streams).enumerate() {
+        let key = (position, stream, Slot::Residual);
+        let residual = match block {
+            0 => source.tower.embed(&batch.tokens)?,
+            _ => store.get(key)?,
+        };
+        if block == source.tower.blocks() {
+            residuals.push(residual);
+            continue;
+        }
+        let loaded = shared.blocks.get((block * 2 + i) as u64, 4, || {
+            let linears = SiteKind::ALL.iter().map(|&site| source.linears(block, site)).collect::<Result<_>>()?;
+            Ok((source.tower.block(block, &shared.rotary[i])?, linears))
+        })?;
+        let (layer, linears) = &*loaded;
+        let site = |site: SiteKind| &linears[site as usize][..];
+        store.put(key, &layer.forward(&residual, batch.length, site)?)?;
+    }
+    match &residuals[..] {
+        [model, reference] => {
+            let head = |i: usize| shared.heads.get(i as u64, 2, || shared.models[i].tower.head());
+            let (model_head, reference_head) = (head(0)?, head(1)?);
+            score(batch.length, position, &batch.tokens, (&model_head, model), (&reference_head, reference))
+                .map(|windows| windows.into_iter().map(Err).collect())
+        }
+        _ => Ok(vec![Ok(position)]),
+    }
+}
+
+fn score(
+    length: usize,
+    position: usize,
+    tokens: &[u32],
+    model: (&Head, &Tensor),
+    reference: (&Head, &Tensor),
+) -> Result<Vec<WindowScore>> {
+    let mut windows = Vec::new();
+    for (number, tokens) in tokens.chunks_exact(length).enumerate() {
+        let mut all: Vec<Divergence> = Vec::with_capacity(length - 1);
+        for begin in (0..length - 1).step_by(SCORE_ROWS) {
+            let rows = SCORE_ROWS.min(length - 1 - begin);
+            let logits = |(head, residual): (&Head, &Tensor)| -> Result<(Vec<f32>, usize)> {
+                let logits = head.logits(&residual.narrow(0, number * length + begin, rows)?)?;
+                Ok((logits.flatten_all()?.to_vec1::<f32>()?, logits.dim(1)?))
+            };
+            let ((ours, vocab), (theirs, _)) = (logits(model)?, logits(reference)?);
+            let targets = &tokens[begin + 1..];
+            let pairs = theirs.chunks_exact(vocab).zip(ours.chunks_exact(vocab)).zip(targets);
+            all.extend(pairs.map(|((r, m), &target)| compare(r, m, target as usize)));
+        }
+        windows.push(WindowScore {
+            window: (position, number),
+            kl: all.iter().map(|d| d.kl).collect(),
+            nll: all.iter().map(|d| d.nll).sum(),
+            reference_nll: all.iter().map(|d| d.reference_nll).sum(),
+            top1: all.iter().map(|d| u64::from(d.top1_equal)).sum(),
+        });
+    }
+    Ok(windows)
+}
+
+fn gather(scored: Scored<'_>, scores: Arc<Mutex<Vec<WindowScore>>>) {
+    let to_first = Exchange::new(|_: &WindowScore| 0);
+    scored.sink(to_first, "gather", move |(input, _)| {
+        input.for_each_stamp(|_, data| {
+            if let Ok(mut scores) = scores.lock() {
+                data.for_each(|container| scores.append(container));
+            }
+        });
+    });
+}
+
+/// Sums in the order of the windows, so that the result does not depend on the number of workers.
+fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
+    windows.sort_by_key(|score| score.window);
+    let mut kl: Vec<f64> = windows.iter().flat_map(|score| score.kl.iter().copied()).collect();
+    let tokens = kl.len() as f64;
+    let sum = |value: fn(&WindowScore) -> f64| windows.iter().map(value).sum::<f64>();
+    let kl_mean = kl.iter().sum::<f64>() / tokens;
+    if !kl_mean.is_finite() {
+        return Err(Error::invalid("evaluation", "a model's logits are not finite", "the checkpoint is damaged, or overflows in f32"));
+    }
+    let means: Vec<f64> = windows.iter().map(|s| s.kl.iter().sum::<f64>() / s.kl.len() as f64).collect();
+    let count = means.len() as f64;
+    let center = means.iter().sum::<f64>() / count;
+    let variance = means.iter().map(|m| (m - center).powi(2)).sum::<f64>() / (count - 1.0);
+    let top1 = windows.iter().map(|s| s.top1).sum::<u64>() as f64;
+    let (nll, reference_nll) = (sum(|s| s.nll), sum(|s| s.reference_nll));
+    kl.sort_by(f64::total_cmp);
+    // Linear interpolation between order statistics, as numpy's and torch's default quantile.
+    let at = 0.99 * (tokens - 1.0);
+    let (low, high) = (kl[at.floor() as usize], kl[at.ceil() as usize]);
+    Ok(Scores {
+        perplexity: (nll / tokens).exp(),
+        reference_perplexity: (reference_nll / tokens).exp(),
+        kl_mean,
+        kl_standard_error: (means.len() > 1).then(|| (variance / count).sqrt()),
+        kl_p99: low + (high - low) * at.fract(),
+        top1_agreement: top1 / tokens,
+        tokens: kl.len() as u64,
+        elapsed_seconds: 0.0,
+        peak_host_bytes: 0,
+    })
+}

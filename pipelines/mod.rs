@@ -1,0 +1,7 @@
+//! One file a dataflow graph, each drawn on top and readable as a chain of named operators.
+
+pub mod data_free;
+pub mod evaluate;
+pub mod quantize;
+pub mod run;
+pub mod sequential;

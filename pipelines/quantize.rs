@@ -1,0 +1,379 @@
+//! One quantization run from directory to directory: opens, plans, picks the graph, drives it, finishes the output.
+
+use super::{data_free, run, sequential};
+use crate::calibration::{self, Calibration, Usage};
+use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, copy_tensors, hex};
+use crate::error::{Error, IoContext, Result};
+use crate::ledger::{Ledger, Record};
+use crate::model::Tower;
+use crate::operators::activations::{ActivationStore, Precision};
+use crate::operators::local::Output;
+use crate::operators::stages::Stages;
+use crate::operators::{Halt, Local, Shared};
+use crate::plan::Plan;
+use crate::recipe::{Method, Recipe};
+use crate::report::{self, CpuClock, Observer, Row};
+use crate::storage::{self, FolderLock};
+use candle_core::Device;
+use safetensors::Dtype;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// What an unfinished run keeps in the output folder.
+pub const WORK_FOLDER: &str = ".quantflow";
+/// Provenance of a finished output.
+pub const PROVENANCE: &str = "quantflow.json";
+/// A row a linear.
+pub const REPORT: &str = "quantization_report.jsonl";
+/// Tokens of the probe that fixes the exponents of the sums.
+const PROBE_TOKENS: usize = 256;
+/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
+const RESIDENT_BYTES_DEFAULT: u64 = 96 << 20;
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The checkpoint's directory.
+    pub model: PathBuf,
+    /// The output's directory.
+    pub output: PathBuf,
+    /// Scheme, method, format.
+    pub recipe: Recipe,
+    /// Batches; empty for round-to-nearest.
+    pub calibration: Calibration,
+    /// Worker threads.
+    pub workers: usize,
+    /// Budget of resident bytes; `None` for what the run needs with a small store of activations.
+    pub memory: Option<u64>,
+    /// Where activations spill; `None` for the output folder.
+    pub scratch: Option<PathBuf>,
+    /// Bytes of tensor data in a shard.
+    pub shard_bytes_max: u64,
+    /// Forget an unfinished run, or an earlier output of quantflow, in the output folder.
+    pub fresh: bool,
+    /// Order in which batches are announced; `None` for their own. Any order gives the same output.
+    pub arrival: Option<Vec<usize>>,
+}
+
+/// What was done; `quantize --json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// The output's directory.
+    pub output: PathBuf,
+    /// Name of its format.
+    pub format: String,
+    /// Wall clock.
+    pub elapsed_seconds: f64,
+    /// All threads.
+    pub cpu_seconds: f64,
+    /// Peak resident bytes of the process.
+    pub peak_host_bytes: u64,
+    /// Always 0 on a CPU.
+    pub peak_device_bytes: u64,
+    /// What the plan predicted.
+    pub plan_peak_host_bytes: u64,
+    /// Tokens of the calibration.
+    pub calibration_tokens: u64,
+    /// Quantized linears.
+    pub linears: usize,
+    /// Rows that depart from the recipe or lost too much.
+    pub fallbacks: usize,
+    /// Mean of the rows' relative errors.
+    pub relative_error_mean: f64,
+    /// Bytes of the source's tensors.
+    pub source_bytes: u64,
+    /// Bytes of the output's tensors.
+    pub output_bytes: u64,
+    /// Blocks that an earlier run of this command had finished.
+    pub resumed_blocks: usize,
+    /// SHA-256 over the bytes of the output's tensors in name order.
+    pub output_digest: String,
+    /// What the calibration used and left out.
+    pub calibration: Usage,
+    /// CPU seconds by operator.
+    pub operators: BTreeMap<&'static str, f64>,
+}
+
+impl Job {
+    /// Plans the run; reads headers only.
+    pub fn plan(&self) -> Result<(Tower, Plan)> {
+        let tower = Tower::open(&self.model, Device::Cpu)?;
+        let plan = Plan::new(self.recipe.clone(), &tower)?;
+        Ok((tower, plan))
+    }
+
+    fn batch_tokens(&self) -> usize {
+        self.calibration.batches.iter().map(|batch| batch.tokens.len()).max().unwrap_or(0)
+    }
+
+    /// Predicted peak of resident bytes, and the share of it that activations may take.
+    ///
+    /// # Errors
+    /// `--memory` is less than what the run needs without a single resident activation.
+    pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
+        let fixed = plan.fixed_bytes(self.workers, self.batch_tokens().max(PROBE_TOKENS));
+        let streams = 1 + u64::from(self.recipe.match_original > 0.0);
+        let tokens: u64 = self.calibration.batches.iter().map(|batch| batch.tokens.len() as u64).sum();
+        let widths = plan.linears.first().map_or(0, |l| l.columns * 4)
+            + plan.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
+        let activations = tokens * streams * widths as u64;
+        let resident = match self.memory {
+            None => RESIDENT_BYTES_DEFAULT,
+            Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
+                Error::usage(
+                    "--memory",
+                    format!("{budget} bytes do not hold one block of this model with {} workers", self.workers),
+                    format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
+                )
+            })?,
+        };
+        let resident = resident.min(activations);
+        Ok((fixed + resident, resident))
+    }
+
+    /// A digest of everything that decides the output's bytes.
+    fn fingerprint(&self, tower: &Tower) -> Result<String> {
+        let mut hash = Sha256::new();
+        let text = |value: &serde_json::Value| value.to_string();
+        hash.update(text(tower.checkpoint.config()));
+        for name in tower.checkpoint.names() {
+            if let Some(spec) = tower.checkpoint.spec(name) {
+                hash.update(format!("{name} {:?} {:?}\n", spec.dtype, spec.shape));
+            }
+        }
+        // The first norm stands for the weights: hashing all of them would read the whole checkpoint.
+        hash.update(tower.checkpoint.tensor(&format!("{}input_layernorm.weight", tower.block_prefix(0)))?.bytes);
+        let recipe = serde_json::to_value(&self.recipe);
+        hash.update(text(&recipe.map_err(|error| Error::invalid("recipe", error.to_string(), ""))?));
+        hash.update(self.shard_bytes_max.to_le_bytes());
+        for batch in &self.calibration.batches {
+            hash.update(format!("{}\n", batch.id));
+        }
+        Ok(hex(&hash.finalize()))
+    }
+}
+
+/// Runs `job`.
+///
+/// # Errors
+/// Bad input, a full disk, an interrupt: what is finished stays, and the same job continues there.
+pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
+    let begin = (Instant::now(), report::process_cpu());
+    let (tower, plan) = job.plan()?;
+    if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() {
+        return Err(Error::usage("--calibration", "GPTQ needs calibration text", "name a file, or use --method rtn"));
+    }
+    let (plan_peak, resident) = job.predict(&plan)?;
+    prepare_folder(job)?;
+    let work = job.output.join(WORK_FOLDER);
+    storage::create_folder(&work)?;
+    let _lock = FolderLock::acquire(&work, "lock")?;
+    let fingerprint = job.fingerprint(&tower)?;
+    let (ledger, records) = Ledger::open(&work.join("ledger"), &fingerprint)?;
+    let writer = OutputWriter::open(&job.output, OutputLayout::new(&plan.output, job.shard_bytes_max)?)?;
+    let output = Output {
+        writer,
+        ledger: Mutex::new(ledger),
+        records: Mutex::new(records),
+    };
+    let resumed_blocks = output.blocks_done();
+    if resumed_blocks > 0 {
+        observer.note(&format!("continuing: {resumed_blocks} of {} blocks are done", plan.blocks()));
+    }
+    copy_untouched(&tower, &plan, &output)?;
+    let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
+    let length = job.calibration.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
+        return Err(Error::usage(
+            "--length",
+            format!("{length} tokens are more than the {longest} for which this model's rotary tables hold"),
+            format!("use --length {longest} or less"),
+        ));
+    }
+    let site_precision = match tower.weight_dtype() {
+        Dtype::BF16 => Precision::Bf16,
+        Dtype::F16 => Precision::F16,
+        _ => Precision::F32,
+    };
+    let shared = Arc::new(Shared {
+        rotary: tower.rotary(length.max(PROBE_TOKENS))?,
+        tower,
+        plan,
+        batches: job.calibration.batches.clone(),
+        probe,
+        stages: Stages::default(),
+        output,
+        observer: Arc::clone(observer),
+        clock: CpuClock::default(),
+        halt: Arc::clone(halt),
+    });
+    if resumed_blocks < shared.plan.blocks() {
+        drive(job, &shared, resident as usize / job.workers, site_precision)?;
+    }
+    let summary = finish(job, shared, &fingerprint, |summary| {
+        summary.elapsed_seconds = begin.0.elapsed().as_secs_f64();
+        summary.cpu_seconds = (report::process_cpu() - begin.1).as_secs_f64();
+        summary.plan_peak_host_bytes = plan_peak;
+        summary.resumed_blocks = resumed_blocks;
+    })?;
+    storage::remove(&work)?;
+    Ok(summary)
+}
+
+/// Refuses a folder that holds something else; forgets what `fresh` says.
+fn prepare_folder(job: &Job) -> Result<()> {
+    let output = &job.output;
+    if job.model.canonicalize().ok() == output.canonicalize().ok() && output.exists() {
+        return Err(Error::usage("--output", "is the checkpoint itself", "choose another folder"));
+    }
+    if !output.exists() {
+        return storage::create_folder(output);
+    }
+    let mut entries = std::fs::read_dir(output).context("list", output)?.peekable();
+    let ours = output.join(WORK_FOLDER).is_dir() || output.join(PROVENANCE).is_file();
+    if entries.peek().is_some() && !ours {
+        return Err(Error::invalid(
+            output.display().to_string(),
+            "is not empty and not an output of quantflow",
+            "choose a new or empty folder",
+        ));
+    }
+    let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).is_dir();
+    if finished && !job.fresh {
+        return Err(Error::invalid(
+            output.display().to_string(),
+            "holds a finished checkpoint",
+            "choose another folder, or pass --fresh to replace it",
+        ));
+    }
+    if job.fresh {
+        for entry in entries {
+            storage::remove(&entry.context("list", output)?.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
+    let done = output.records.lock().is_ok_and(|records| records.contains(&Record::Copied));
+    if done {
+        return Ok(());
+    }
+    copy_tensors(&tower.checkpoint, plan.copied.iter().map(String::as_str), &output.writer)?;
+    output.writer.sync()?;
+    output.note(Record::Copied)
+}
+
+fn drive(job: &Job, shared: &Arc<Shared>, resident: usize, precision: Precision) -> Result<()> {
+    let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
+    let units = left * 4 * shared.batches.len().max(1) as u64;
+    shared.observer.phase("quantize", units);
+    let scratch = job.scratch.clone().unwrap_or_else(|| job.output.join(WORK_FOLDER));
+    storage::create_folder(&scratch)?;
+    let order = job.arrival.clone().unwrap_or_else(|| (0..shared.batches.len()).collect());
+    let for_workers = Arc::clone(shared);
+    let method = job.recipe.method;
+    run::on_workers(job.workers, &shared.halt, move |worker| {
+        let local = Rc::new(Local {
+            shared: Arc::clone(&for_workers),
+            index: worker.index(),
+            peers: worker.peers(),
+            store: RefCell::new(ActivationStore::new(&scratch, resident, precision)),
+            batches: RefCell::default(),
+        });
+        match method {
+            Method::Gptq => sequential::build(worker, &local, &order),
+            Method::Rtn => data_free::run(worker, &local),
+        }
+        Ok(())
+    })
+}
+
+/// Digests, gives everything its final name, writes what readers and people want beside the weights; `config.json` last, without
+/// which nothing loads the folder.
+fn finish(job: &Job, shared: Arc<Shared>, fingerprint: &str, measure: impl FnOnce(&mut Summary)) -> Result<Summary> {
+    let shared = Arc::into_inner(shared).ok_or_else(|| Error::Worker("a worker is still running".into()))?;
+    let Shared { tower, plan, output, clock, observer, .. } = shared;
+    let rows = rows(&output);
+    let quantized = plan.linears.iter().filter(|linear| linear.grid.is_some()).count();
+    if rows.len() != quantized {
+        return Err(Error::Worker(format!("{} of {quantized} linears were finished", rows.len())));
+    }
+    observer.phase("finish", 1);
+    let output_digest = output.writer.digest()?;
+    let output_bytes = output.writer.layout().tensors().values().map(|at| at.spec.byte_len() as u64).sum();
+    output.writer.finish()?;
+    let layouts = plan.layouts();
+    let folder = &job.output;
+    for (name, content) in plan.format.side_files(&layouts) {
+        storage::write_json(&folder.join(name), &content)?;
+    }
+    copy_side_files(&tower.checkpoint, folder)?;
+    storage::write_whole(&folder.join(REPORT), report::to_json_lines(&rows)?.as_bytes())?;
+    let mut summary = Summary {
+        output: folder.clone(),
+        format: plan.format.name().into(),
+        elapsed_seconds: 0.0,
+        cpu_seconds: 0.0,
+        peak_host_bytes: report::peak_host_bytes(),
+        peak_device_bytes: 0,
+        plan_peak_host_bytes: 0,
+        calibration_tokens: job.calibration.usage.tokens_used,
+        linears: rows.len(),
+        fallbacks: rows.iter().filter(|row| row.is_warning()).count(),
+        relative_error_mean: rows.iter().map(|row| row.relative_error).sum::<f64>() / rows.len().max(1) as f64,
+        source_bytes: tower.checkpoint.byte_len(),
+        output_bytes,
+        resumed_blocks: 0,
+        output_digest,
+        calibration: job.calibration.usage.clone(),
+        operators: clock.seconds(),
+    };
+    measure(&mut summary);
+    let provenance = serde_json::json!({
+        "quantflow": env!("CARGO_PKG_VERSION"),
+        "recipe": job.recipe,
+        "architecture": tower.spec.architecture,
+        "fingerprint": fingerprint,
+        "output_digest": summary.output_digest,
+        "calibration_tokens": summary.calibration_tokens,
+        "batches": job.calibration.batches.iter().map(|batch| batch.id.to_string()).collect::<Vec<_>>(),
+        "relative_error_mean": summary.relative_error_mean,
+    });
+    storage::write_json(&folder.join(PROVENANCE), &provenance)?;
+    let mut config = tower.checkpoint.config().clone();
+    if let Some(config) = config.as_object_mut() {
+        config.insert("quantization_config".into(), plan.format.quantization_config(&layouts));
+    }
+    storage::write_json(&folder.join("config.json"), &config)?;
+    observer.advance(1);
+    Ok(summary)
+}
+
+fn rows(output: &Output) -> Vec<Row> {
+    let records = output.records.lock().map(|records| records.clone()).unwrap_or_default();
+    let mut blocks: Vec<(u64, Vec<Row>)> = records
+        .into_iter()
+        .filter_map(|record| match record {
+            Record::Block { block, rows } => Some((block, rows)),
+            _ => None,
+        })
+        .collect();
+    blocks.sort_by_key(|(block, _)| *block);
+    blocks.into_iter().flat_map(|(_, rows)| rows).collect()
+}
+
+fn copy_side_files(source: &Checkpoint, folder: &Path) -> Result<()> {
+    for name in source.side_files()? {
+        if !["config.json", "quantize_config.json", PROVENANCE].contains(&name.as_str()) {
+            storage::copy_whole(&source.folder().join(&name), &folder.join(&name))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! Runs a graph on the workers of one process, and turns whatever goes wrong on a worker into one error.
+
+use crate::error::{Error, Result};
+use crate::operators::Halt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use timely::worker::Worker;
+
+/// Longest sleep of an idle worker: it looks at the halt flag so often.
+pub const PARK: Duration = Duration::from_millis(100);
+
+/// Runs `build` on `workers` worker threads and steps them until their dataflows are done or the run halts.
+///
+/// Kernels run on the worker's own thread; `threads` is what each may use inside a kernel of candle.
+///
+/// # Errors
+/// The reason of the halt, or a panic of a worker, by its message.
+pub fn on_workers<B>(workers: usize, halt: &Arc<Halt>, build: B) -> Result<()>
+where
+    B: Fn(&mut Worker) -> Result<()> + Send + Sync + 'static,
+{
+    let flag = Arc::clone(halt);
+    // One pool, of one thread: the worker's. Kernels that use rayon then stay on it.
+    let panicked: Arc<Mutex<Option<String>>> = Arc::default();
+    let message = Arc::clone(&panicked);
+    let body = move |worker: &mut Worker| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            build(worker)?;
+            while worker.has_dataflows() && !flag.is_raised() {
+                worker.step_or_park(Some(PARK));
+            }
+            Ok::<(), Error>(())
+        }));
+        match outcome {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => flag.raise(error),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+                flag.raise(Error::Worker(text.unwrap_or_else(|| "it panicked".into())));
+            }
+        }
+        if flag.is_raised() {
+            for dataflow in worker.installed_dataflows() {
+                worker.drop_dataflow(dataflow);
+            }
+        }
+        drop(pool);
+    };
+    let guards = timely::execute(timely::Config::process(workers), body).map_err(Error::Worker)?;
+    let joined = catch_unwind(AssertUnwindSafe(|| guards.join().into_iter().all(|result| result.is_ok())));
+    if let Some(reason) = halt.take() {
+        return Err(reason);
+    }
+    match (joined, message.lock().ok().and_then(|mut text| text.take())) {
+        (Ok(true), None) => Ok(()),
+        (_, text) => Err(Error::Worker(text.unwrap_or_else(|| "it panicked".into()))),
+    }
+}
