@@ -125,7 +125,7 @@ impl Tags {
 
 /// Puts the system text first and checks the rest: turns of user or observation and of assistant or function call in
 /// strict alternation, ending in an answer. `answer_follows`: the answer stands in a column of its own.
-pub fn aligned(
+pub(super) fn aligned(
     mut turns: Vec<Turn>,
     system: Option<&str>,
     answer_follows: bool,
@@ -167,7 +167,7 @@ pub fn aligned(
 }
 
 /// The tools of a row: a list, or the same as a JSON string; bare function schemas are wrapped as templates expect them.
-pub fn tools(value: &Value) -> Result<Vec<Value>, Reason> {
+pub(super) fn tools(value: &Value) -> Result<Vec<Value>, Reason> {
     let parsed;
     let list = match value {
         Value::Null => return Ok(Vec::new()),

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use std::path::{Component, Path, PathBuf};
 
 /// Name of the file in a dataset folder.
-pub const FILE_NAME: &str = "dataset_info.json";
+pub(super) const FILE_NAME: &str = "dataset_info.json";
 const MAX_BYTES: u64 = 16 << 20;
 
 /// What the rows of a dataset are.

@@ -22,7 +22,7 @@ pub struct TokenArray {
 }
 
 /// Reads an int32 or int64 array of `[sequences, length]` in C order, ids below `vocab_size`.
-pub fn read(path: &Path, vocab_size: usize) -> Result<TokenArray> {
+pub(super) fn read(path: &Path, vocab_size: usize) -> Result<TokenArray> {
     let file = std::fs::File::open(path).context("read", path)?;
     let bytes = file.metadata().context("read", path)?.len();
     parse(BufReader::new(file), bytes, vocab_size, path)
