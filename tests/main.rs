@@ -2,7 +2,5 @@
 
 mod calibration;
 mod families;
-mod golden;
-//! Integration tests: one binary, a module a subject.
-
 mod formats;
+mod golden;

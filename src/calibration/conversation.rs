@@ -111,7 +111,7 @@ impl Tags {
         let by_tag = named
             .iter()
             .find_map(|(tag, role)| (tag.as_deref() == Some(name)).then_some(*role));
-        by_tag.or_else(|| match name {
+        by_tag.or(match name {
             _ if !self.lenient => None,
             "system" | "developer" => Some(Role::System),
             "human" | "user" => Some(Role::User),
@@ -125,7 +125,7 @@ impl Tags {
 
 /// Puts the system text first and checks the rest: turns of user or observation and of assistant or function call in
 /// strict alternation, ending in an answer. `answer_follows`: the answer stands in a column of its own.
-pub fn aligned(
+pub(super) fn aligned(
     mut turns: Vec<Turn>,
     system: Option<&str>,
     answer_follows: bool,
@@ -167,14 +167,14 @@ pub fn aligned(
 }
 
 /// The tools of a row: a list, or the same as a JSON string; bare function schemas are wrapped as templates expect them.
-pub fn tools(value: &Value) -> Result<Vec<Value>, Reason> {
+pub(super) fn tools(value: &Value) -> Result<Vec<Value>, Reason> {
     let parsed;
     let list = match value {
         Value::Null => return Ok(Vec::new()),
         Value::String(text) if text.trim().is_empty() => return Ok(Vec::new()),
         Value::String(text) => {
-            parsed = serde_json::from_str::<Value>(text)
-                .map_err(|_| Reason::from("the tools are not JSON"))?;
+            parsed =
+                serde_json::from_str::<Value>(text).map_err(|_| Reason::from("the tools are not JSON"))?;
             &parsed
         }
         other => other,

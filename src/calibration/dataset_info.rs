@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use std::path::{Component, Path, PathBuf};
 
 /// Name of the file in a dataset folder.
-pub const FILE_NAME: &str = "dataset_info.json";
+pub(super) const FILE_NAME: &str = "dataset_info.json";
 const MAX_BYTES: u64 = 16 << 20;
 
 /// What the rows of a dataset are.
@@ -111,8 +111,7 @@ impl DatasetInfo {
             let subject = format!("{} entry {name}", self.folder.join(FILE_NAME).display());
             Error::invalid(subject, problem, hint)
         };
-        let text =
-            |from: &Value, key: &str| from.get(key).and_then(Value::as_str).map(str::to_owned);
+        let text = |from: &Value, key: &str| from.get(key).and_then(Value::as_str).map(str::to_owned);
         if !entry.is_object() {
             return Err(bad("not an object".into(), "it needs at least file_name"));
         }
@@ -173,19 +172,13 @@ impl DatasetInfo {
                 }
             }
         };
-        let formatting = match entry
-            .get("formatting")
-            .map_or(Some("alpaca"), Value::as_str)
-        {
+        let formatting = match entry.get("formatting").map_or(Some("alpaca"), Value::as_str) {
             Some("alpaca") => Formatting::Alpaca,
             Some("sharegpt") => Formatting::Sharegpt(tags(Tags::sharegpt())?),
             Some("openai") => Formatting::Openai(tags(Tags::openai())?),
             other => {
                 return Err(bad(
-                    format!(
-                        "formatting {} is not known",
-                        other.unwrap_or("(not a name)")
-                    ),
+                    format!("formatting {} is not known", other.unwrap_or("(not a name)")),
                     "it is alpaca, sharegpt or openai",
                 ));
             }

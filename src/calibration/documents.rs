@@ -148,15 +148,10 @@ fn by_layout(fields: &Fields, layout: &Layout) -> Result<Document, Reason> {
     let mut media = Media::of(fields, columns);
     let mut turns = match &layout.formatting {
         Formatting::Alpaca if columns.response.is_none() && columns.chosen.is_none() => {
-            return plain(
-                media.without_placeholders(&prompt(fields, columns)),
-                media.any(),
-            );
+            return plain(media.without_placeholders(&prompt(fields, columns)), media.any());
         }
         Formatting::Alpaca => alpaca(fields, layout, &media)?,
-        Formatting::Sharegpt(tags) | Formatting::Openai(tags) => {
-            messages(fields, layout, tags, &mut media)?
-        }
+        Formatting::Sharegpt(tags) | Formatting::Openai(tags) => messages(fields, layout, tags, &mut media)?,
     };
     let offered = match &columns.tools {
         Some(column) => tools(fields.get(column).unwrap_or(&Value::Null))?,
@@ -184,10 +179,7 @@ fn prompt(fields: &Fields, columns: &Columns) -> String {
     let parts = [&columns.prompt, &columns.query];
     let parts = parts.into_iter().flatten();
     let parts = parts.filter_map(|column| fields.get(column)?.as_str());
-    parts
-        .filter(|p| !p.is_empty())
-        .collect::<Vec<_>>()
-        .join("\n")
+    parts.filter(|p| !p.is_empty()).collect::<Vec<_>>().join("\n")
 }
 
 fn alpaca(fields: &Fields, layout: &Layout, media: &Media) -> Result<Vec<Turn>, Reason> {
@@ -196,8 +188,7 @@ fn alpaca(fields: &Fields, layout: &Layout, media: &Media) -> Result<Vec<Turn>, 
     let history = columns.history.as_ref().and_then(|c| fields.get(c));
     let history = history.map(json_column);
     for pair in history.iter().flat_map(|h| h.as_array()).flatten() {
-        let [Some(asked), Some(answered)] = [0, 1].map(|i| pair.get(i).and_then(Value::as_str))
-        else {
+        let [Some(asked), Some(answered)] = [0, 1].map(|i| pair.get(i).and_then(Value::as_str)) else {
             return Err("the history is no list of pairs of texts".into());
         };
         turns.push(Turn::new(Role::User, media.without_placeholders(asked)));
@@ -223,12 +214,7 @@ fn system<'a>(fields: &'a Fields, columns: &Columns) -> Option<&'a str> {
     fields.get(columns.system.as_ref()?)?.as_str()
 }
 
-fn messages(
-    fields: &Fields,
-    layout: &Layout,
-    tags: &Tags,
-    media: &mut Media,
-) -> Result<Vec<Turn>, Reason> {
+fn messages(fields: &Fields, layout: &Layout, tags: &Tags, media: &mut Media) -> Result<Vec<Turn>, Reason> {
     let columns = &layout.columns;
     let Some(column) = &columns.messages else {
         return Err("the dataset names no messages column".into());
@@ -289,10 +275,7 @@ fn joined(parts: &[Value], media: &mut Media) -> Result<String, Reason> {
     let mut text = String::new();
     for part in parts {
         let kind = part.get("type").and_then(Value::as_str);
-        match (
-            part.as_str().or(part.get("text").and_then(Value::as_str)),
-            kind,
-        ) {
+        match (part.as_str().or(part.get("text").and_then(Value::as_str)), kind) {
             (Some(said), None | Some("text")) => text.push_str(said),
             (_, Some("image" | "image_url")) => media.images = true,
             (_, Some("video" | "video_url")) => media.videos = true,

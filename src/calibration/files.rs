@@ -12,9 +12,7 @@ pub(super) fn read_small(path: &Path, max: u64) -> Result<Option<Vec<u8>>> {
         other => other.context("read", path)?,
     };
     let mut bytes = Vec::new();
-    file.take(max + 1)
-        .read_to_end(&mut bytes)
-        .context("read", path)?;
+    file.take(max + 1).read_to_end(&mut bytes).context("read", path)?;
     if bytes.len() as u64 > max {
         return Err(Error::invalid(
             path.display().to_string(),

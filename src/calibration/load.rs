@@ -51,6 +51,13 @@ pub(super) fn open(source: &Source) -> Result<Vec<Opened>> {
             continue;
         }
         let path = Path::new(name);
+        if path.ends_with(dataset_info::FILE_NAME) {
+            return Err(Error::usage(
+                "--calibration",
+                format!("{name} describes datasets and holds none"),
+                "give its folder with --dataset-dir, and the names of datasets in it with --calibration",
+            ));
+        }
         if !path.exists() {
             return Err(unknown(name, info.as_ref()));
         }
@@ -100,25 +107,13 @@ fn unknown(name: &str, info: Option<&DatasetInfo>) -> Error {
     const NAMES_SHOWN: usize = 12;
     let mut names: Vec<&str> = info.names().collect();
     // Names that share the longest beginning with what was typed come first.
-    let common = |n: &str| {
-        n.bytes()
-            .zip(name.bytes())
-            .take_while(|(a, b)| a == b)
-            .count()
-    };
+    let common = |n: &str| n.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
     names.sort_by_key(|n| std::cmp::Reverse(common(n)));
-    let more = if names.len() > NAMES_SHOWN {
-        ", …"
-    } else {
-        ""
-    };
+    let more = if names.len() > NAMES_SHOWN { ", …" } else { "" };
     names.truncate(NAMES_SHOWN);
     Error::usage(
         "--calibration",
-        format!(
-            "{name} is neither in {} nor a file",
-            dataset_info::FILE_NAME
-        ),
+        format!("{name} is neither in {} nor a file", dataset_info::FILE_NAME),
         format!("names in it: {}{more}", names.join(", ")),
     )
 }
@@ -184,11 +179,7 @@ pub(super) fn pack(
         left[*source] = left[*source].saturating_sub(1);
         allowed
     });
-    let ahead = sources
-        .iter()
-        .map(|s| s.rows.read_ahead())
-        .max()
-        .unwrap_or(1);
+    let ahead = sources.iter().map(|s| s.rows.read_ahead()).max().unwrap_or(1);
     'full: loop {
         let places: Vec<_> = order.by_ref().take(ahead).collect();
         if places.is_empty() {
@@ -278,7 +269,6 @@ impl Reader<'_> {
                 return Ok(false);
             }
         }
-        let before = self.packer.len();
         self.packer.begin_document();
         self.tokens.encode(&text, |ids| self.packer.push(ids))?;
         if self.packer.len() > MAX_TOKENS {
@@ -288,12 +278,14 @@ impl Reader<'_> {
                 "use a smaller file, or fewer samples",
             ));
         }
-        let used = self.packer.len() > before;
+        let used = self.packer.document_tokens() > 0;
         match used {
             true => {
                 self.departures.media += u64::from(document.has_media);
                 self.departures.second_answers += u64::from(document.has_unused_answer);
             }
+            // The separator before it took the last place.
+            false if self.packer.is_full() => usage.leave_out("the windows were full before its first token"),
             false => usage.leave_out("the text has no tokens"),
         }
         Ok(used)

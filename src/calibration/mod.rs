@@ -154,10 +154,7 @@ impl Default for Source {
 /// into `samples` windows of `length` tokens; conversations go through the chat template. Reading stops when the windows
 /// are full. Fewer windows than wanted are a note in the usage; not one is an error.
 pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Calibration> {
-    let wanted = source
-        .samples
-        .checked_mul(source.length)
-        .unwrap_or(usize::MAX);
+    let wanted = source.samples.saturating_mul(source.length);
     for (flag, value) in [("--samples", source.samples), ("--length", source.length)] {
         if value == 0 {
             return Err(Error::usage(
@@ -194,18 +191,9 @@ pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Cali
 
 /// All windows of a file or folder of texts, in file order, duplicates kept: what a model is evaluated on. A file too
 /// short for one window gives one shorter window of all its tokens (at least two: one to predict from).
-pub fn read_texts(
-    path: &Path,
-    model_dir: &Path,
-    length: usize,
-    vocab_size: usize,
-) -> Result<Calibration> {
+pub fn read_texts(path: &Path, model_dir: &Path, length: usize, vocab_size: usize) -> Result<Calibration> {
     if length < 2 {
-        return Err(Error::usage(
-            "--length",
-            "a window needs at least 2 tokens",
-            "",
-        ));
+        return Err(Error::usage("--length", "a window needs at least 2 tokens", ""));
     }
     let tokens = Tokens::open(model_dir, vocab_size)?;
     let read = |length| {

@@ -22,7 +22,7 @@ pub struct TokenArray {
 }
 
 /// Reads an int32 or int64 array of `[sequences, length]` in C order, ids below `vocab_size`.
-pub fn read(path: &Path, vocab_size: usize) -> Result<TokenArray> {
+pub(super) fn read(path: &Path, vocab_size: usize) -> Result<TokenArray> {
     let file = std::fs::File::open(path).context("read", path)?;
     let bytes = file.metadata().context("read", path)?.len();
     parse(BufReader::new(file), bytes, vocab_size, path)
@@ -66,11 +66,7 @@ fn parse(mut from: impl Read, bytes: u64, vocab_size: usize, path: &Path) -> Res
         Some("<i4") => 4,
         Some("<i8") => 8,
         other => {
-            let dtype = other
-                .unwrap_or("unknown")
-                .chars()
-                .take(20)
-                .collect::<String>();
+            let dtype = other.unwrap_or("unknown").chars().take(20).collect::<String>();
             return Err(bad(format!("the dtype is {dtype}")));
         }
     };
@@ -89,9 +85,7 @@ fn parse(mut from: impl Read, bytes: u64, vocab_size: usize, path: &Path) -> Res
         .collect();
     let Some([sequences, length]) = sizes.as_deref() else {
         let shape: String = shape.chars().take(60).collect();
-        return Err(bad(format!(
-            "the shape is {shape}, not [sequences, length]"
-        )));
+        return Err(bad(format!("the shape is {shape}, not [sequences, length]")));
     };
     let count = sequences.checked_mul(*length).unwrap_or(u64::MAX);
     if count == 0 || count > super::MAX_TOKENS as u64 {
@@ -102,16 +96,13 @@ fn parse(mut from: impl Read, bytes: u64, vocab_size: usize, path: &Path) -> Res
     }
     let expected = prefix + header_bytes as u64 + count * item;
     if bytes != expected {
-        return Err(bad(format!(
-            "{bytes} bytes, but the header describes {expected}"
-        )));
+        return Err(bad(format!("{bytes} bytes, but the header describes {expected}")));
     }
     let length = *length as usize;
     let mut tokens = Vec::with_capacity(count as usize);
     let mut id = [0; 8];
     for at in 0..count as usize {
-        from.read_exact(&mut id[..item as usize])
-            .context("read", path)?;
+        from.read_exact(&mut id[..item as usize]).context("read", path)?;
         let found = match item {
             4 => i64::from(i32::from_le_bytes([id[0], id[1], id[2], id[3]])),
             _ => i64::from_le_bytes(id),

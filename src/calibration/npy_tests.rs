@@ -30,22 +30,13 @@ fn reads_what_numpy_writes() {
     use npyz::Order::{C, Fortran};
     let ids = [1i32, 2, 3, 4, 5, 9];
     check(&written(&[2, 3], C, &ids), Ok(&[1, 2, 3, 4, 5, 9]));
-    check(
-        &written(&[2, 3], C, &ids.map(i64::from)),
-        Ok(&[1, 2, 3, 4, 5, 9]),
-    );
+    check(&written(&[2, 3], C, &ids.map(i64::from)), Ok(&[1, 2, 3, 4, 5, 9]));
     check(&written(&[2, 3], Fortran, &ids), Err("Fortran"));
     check(&written(&[6], C, &ids), Err("shape"));
     check(&written(&[1, 2, 3], C, &ids), Err("shape"));
-    check(
-        &written(&[2, 3], C, &ids.map(|i| i as f32)),
-        Err("dtype is <f4"),
-    );
+    check(&written(&[2, 3], C, &ids.map(|i| i as f32)), Err("dtype is <f4"));
     check(&written(&[1, 2], C, &[1i32, 10]), Err("id 10 at [0, 1]"));
-    check(
-        &written(&[1, 2], C, &[-100i64, 1]),
-        Err("id -100 at [0, 0]"),
-    );
+    check(&written(&[1, 2], C, &[-100i64, 1]), Err("id -100 at [0, 0]"));
     check(&written::<i32>(&[0, 3], C, &[]), Err("no tokens"));
     check(&[], Err("not a .npy"));
     check(&written(&[2, 3], C, &ids)[..120], Err("ends in its header"));
@@ -65,12 +56,7 @@ fn sizes_that_overflow_are_errors() {
         "(1 2)",
     ] {
         let header = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}");
-        let mut bytes = [
-            MAGIC.as_slice(),
-            &[1, 0],
-            &(header.len() as u16).to_le_bytes(),
-        ]
-        .concat();
+        let mut bytes = [MAGIC.as_slice(), &[1, 0], &(header.len() as u16).to_le_bytes()].concat();
         bytes.extend_from_slice(header.as_bytes());
         check(&bytes, Err("s"));
     }

@@ -13,6 +13,7 @@ pub struct Packer {
     separators: u64,
     offered: u64,
     in_document: bool,
+    document_tokens: usize,
 }
 
 impl Packer {
@@ -26,6 +27,7 @@ impl Packer {
             separators: 0,
             offered: 0,
             in_document: false,
+            document_tokens: 0,
         }
     }
 
@@ -52,6 +54,12 @@ impl Packer {
     /// The next tokens belong to another document.
     pub fn begin_document(&mut self) {
         self.in_document = false;
+        self.document_tokens = 0;
+    }
+
+    /// Tokens of the document in work that found room.
+    pub fn document_tokens(&self) -> usize {
+        self.document_tokens
     }
 
     /// Appends tokens of the document in work; false once all windows are full.
@@ -70,7 +78,9 @@ impl Packer {
         }
         self.in_document = true;
         let room = self.wanted - self.tokens.len().min(self.wanted);
-        self.tokens.extend_from_slice(&ids[..ids.len().min(room)]);
+        let fits = ids.len().min(room);
+        self.tokens.extend_from_slice(&ids[..fits]);
+        self.document_tokens += fits;
         !self.is_full()
     }
 
@@ -125,7 +135,7 @@ mod tests {
             assert_eq!((&packed.tokens[..], packed.left_out), (tokens, left_out));
             assert_eq!(packed.windows * length, tokens.len());
         };
-        check(&[&[1, 2, 3], &[4]], 2, Some(2), &[1, 2, 3, 0], 0);
+        check(&[&[1, 2, 3], &[4]], 2, Some(2), &[1, 2, 3, 0], 1);
         check(&[&[1, 2, 3], &[4]], 5, Some(1), &[1, 2, 3, 0, 4], 0);
         check(&[&[1, 2, 3], &[], &[4]], 2, None, &[1, 2, 3, 0], 1);
         check(&[&[1, 2, 3, 4, 5]], 2, Some(1), &[1, 2], 3);

@@ -64,11 +64,7 @@ impl ChatTemplate {
         let jinja = model_dir.join("chat_template.jinja");
         if let Some(bytes) = read_small(&jinja, MAX_TEMPLATE_BYTES)? {
             let source = String::from_utf8(bytes).map_err(|_| {
-                Error::invalid(
-                    jinja.display().to_string(),
-                    "not UTF-8 text",
-                    "fetch it again",
-                )
+                Error::invalid(jinja.display().to_string(), "not UTF-8 text", "fetch it again")
             })?;
             return Self::new(&Value::from(source), &config, &jinja).map(Some);
         }
@@ -111,7 +107,7 @@ impl ChatTemplate {
         };
         if !sources.iter().any(|(name, _)| name == DEFAULT_TEMPLATE) {
             return Err(bad(
-                "chat_template is neither text nor has one called default".into(),
+                "chat_template is neither text nor has one called default".into()
             ));
         }
         let mut this = Self {
@@ -128,9 +124,8 @@ impl ChatTemplate {
             this.environment
                 .add_template_owned(name.clone(), without_generation_tags(&source))
                 .map_err(|e| bad(format!("the chat template does not compile: {e}")))?;
-            let quoted = |word| {
-                source.contains(&format!("'{word}'")) || source.contains(&format!("\"{word}\""))
-            };
+            let quoted =
+                |word| source.contains(&format!("'{word}'")) || source.contains(&format!("\"{word}\""));
             let mut traits = Traits {
                 parts: false,
                 tool_calls: source.contains("tool_calls"),
@@ -217,17 +212,13 @@ impl ChatTemplate {
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), false.into());
         let refuse = |e: minijinja::Error| {
-            let detail = e
-                .detail()
-                .map_or_else(|| e.kind().to_string(), str::to_owned);
+            let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
             let detail: String = detail.chars().take(MAX_REASON_CHARS).collect();
             Reason::from(format!("the chat template refuses it: {detail}"))
         };
         let template = self.environment.get_template(name).map_err(refuse)?;
         let mut out = Limited(Vec::new());
-        template
-            .render_captured_to(context, &mut out)
-            .map_err(refuse)?;
+        template.render_captured_to(context, &mut out).map_err(refuse)?;
         String::from_utf8(out.0).map_err(|_| "the chat template writes no text".into())
     }
 }
@@ -380,9 +371,7 @@ struct Limited(Vec<u8>);
 impl std::io::Write for Limited {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         if self.0.len() + bytes.len() > MAX_RENDERED_BYTES {
-            return Err(std::io::Error::other(
-                "the rendered text is longer than 64 MiB",
-            ));
+            return Err(std::io::Error::other("the rendered text is longer than 64 MiB"));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())

@@ -4,10 +4,7 @@ use super::*;
 
 fn conversation(turns: &[(Role, &str)]) -> Conversation {
     Conversation {
-        turns: turns
-            .iter()
-            .map(|(role, text)| Turn::new(*role, *text))
-            .collect(),
+        turns: turns.iter().map(|(role, text)| Turn::new(*role, *text)).collect(),
         tools: Vec::new(),
     }
 }
@@ -36,11 +33,7 @@ fn renders_as_transformers_does() {
         TURNS,
         Ok("<s>userhi</s><s>assistantyes</s>"),
     );
-    check(
-        &each("{{ m.content.strip().upper()[:1] }}"),
-        TURNS,
-        Ok("HY"),
-    );
+    check(&each("{{ m.content.strip().upper()[:1] }}"), TURNS, Ok("HY"));
     check(
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}hi{{ messages[::-1][0].content }}",
         TURNS,
@@ -112,10 +105,7 @@ fn a_refused_system_turn_opens_the_first_user_turn() {
         (Role::User, "hi"),
         (Role::Assistant, "yes"),
     ];
-    let rendered = compile(source)
-        .unwrap()
-        .render(&conversation(&turns))
-        .unwrap();
+    let rendered = compile(source).unwrap().render(&conversation(&turns)).unwrap();
     assert_eq!(rendered.text, "user:be brief\n\nhi;assistant:yes;");
     assert!(rendered.system_folded);
 }
@@ -133,9 +123,7 @@ fn tool_calls_reach_templates_that_know_them_and_stay_text_elsewhere() {
     check(
         plain,
         &turns,
-        Ok(&format!(
-            "user:hi;assistant:{call};user:seen;assistant:yes;"
-        )),
+        Ok(&format!("user:hi;assistant:{call};user:seen;assistant:yes;")),
     );
     let knows = "{% for m in messages %}{% if m.role == 'tool' %}<{{ m.content }}>{% elif m.tool_calls %}{% for t in m.tool_calls %}{{ t.function.name }}({{ t.function.arguments | tojson }}){% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
     check(knows, &turns, Ok(r#"hif({"x": 1})<seen>yes"#));

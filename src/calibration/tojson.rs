@@ -47,8 +47,7 @@ pub(super) fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
     };
     json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, style))
         .map_err(failed)?;
-    String::from_utf8(out)
-        .map_err(|_| Error::new(ErrorKind::InvalidOperation, "cannot serialize to JSON"))
+    String::from_utf8(out).map_err(|_| Error::new(ErrorKind::InvalidOperation, "cannot serialize to JSON"))
 }
 
 /// Python's layout.
@@ -119,11 +118,7 @@ impl Formatter for Python {
     fn write_f64<W: ?Sized + Write>(&mut self, w: &mut W, value: f64) -> io::Result<()> {
         w.write_all(python_float(value).as_bytes())
     }
-    fn write_string_fragment<W: ?Sized + Write>(
-        &mut self,
-        w: &mut W,
-        text: &str,
-    ) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, w: &mut W, text: &str) -> io::Result<()> {
         if !self.ascii {
             return w.write_all(text.as_bytes());
         }
@@ -140,11 +135,7 @@ impl Formatter for Python {
         }
         Ok(())
     }
-    fn write_char_escape<W: ?Sized + Write>(
-        &mut self,
-        w: &mut W,
-        escape: CharEscape,
-    ) -> io::Result<()> {
+    fn write_char_escape<W: ?Sized + Write>(&mut self, w: &mut W, escape: CharEscape) -> io::Result<()> {
         serde_json::ser::CompactFormatter.write_char_escape(w, escape)
     }
 }
@@ -181,19 +172,13 @@ mod tests {
             "x | tojson",
             r#"{"b": [1, 2.0, 1e-05, 1e+16, 1e+22, null, true], "a": {"é": "<&'\"\n"}, "e": [], "o": {}}"#,
         );
-        check(
-            "x.a | tojson(ensure_ascii=true)",
-            r#"{"\u00e9": "<&'\"\n"}"#,
-        );
+        check("x.a | tojson(ensure_ascii=true)", r#"{"\u00e9": "<&'\"\n"}"#);
         check("x.e | tojson(indent=2)", "[]");
         check(
             "[1, [], {}, [2]] | tojson(indent=2)",
             "[\n  1,\n  [],\n  {},\n  [\n    2\n  ]\n]",
         );
-        check(
-            "{'b': 1, 'a': 2} | tojson(sort_keys=true)",
-            r#"{"a": 2, "b": 1}"#,
-        );
+        check("{'b': 1, 'a': 2} | tojson(sort_keys=true)", r#"{"a": 2, "b": 1}"#);
         check("[1, 2] | tojson(separators=[',', ':'])", "[1,2]");
     }
 }

@@ -69,9 +69,7 @@ impl Usage {
     pub fn left_out_summary(&self) -> String {
         let mut reasons: Vec<_> = self.left_out.iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-        let shown = reasons
-            .iter()
-            .map(|(reason, count)| format!("{count} {reason}"));
+        let shown = reasons.iter().map(|(reason, count)| format!("{count} {reason}"));
         shown.collect::<Vec<_>>().join(", ")
     }
 }

@@ -30,10 +30,7 @@ impl DelimitedRows {
         let mut record = csv::ByteRecord::new();
         loop {
             reader.get_mut().refill();
-            if !reader
-                .read_byte_record(&mut record)
-                .map_err(|e| bad(path, &e))?
-            {
+            if !reader.read_byte_record(&mut record).map_err(|e| bad(path, &e))? {
                 break;
             }
             if places.len() == MAX_ROWS {

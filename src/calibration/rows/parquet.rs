@@ -49,11 +49,8 @@ impl ParquetRows {
                 group_starts.push(next);
             }
             let root = reader.metadata().file_metadata().schema();
-            let (opaque, kept): (Vec<_>, Vec<_>) = root
-                .get_fields()
-                .iter()
-                .cloned()
-                .partition(|column| holds_raw_bytes(column));
+            let (opaque, kept): (Vec<_>, Vec<_>) =
+                root.get_fields().iter().cloned().partition(holds_raw_bytes);
             let projection = Type::group_type_builder(root.name())
                 .with_fields(kept)
                 .build()
@@ -82,8 +79,7 @@ impl ParquetRows {
         let options = ReadOptionsBuilder::new()
             .with_predicate(Box::new(move |_, index| index >= group))
             .build();
-        let reader =
-            SerializedFileReader::new_with_options(file, options).map_err(|e| bad(path, &e))?;
+        let reader = SerializedFileReader::new_with_options(file, options).map_err(|e| bad(path, &e))?;
         let rows = RowIter::from_file_into(Box::new(reader))
             .project(Some(self.projection.clone()))
             .map_err(|e| bad(path, &e))?;
