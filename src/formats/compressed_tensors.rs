@@ -76,7 +76,7 @@ impl Format for CompressedTensors {
         tensors
     }
 
-    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
+    fn unpack(&self, linear: &str, stated: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
         let Scheme {
             bits,
             group_size,
