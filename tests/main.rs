@@ -1,6 +1,11 @@
 //! The one integration binary: each file here is a module of it, and uses the public API only.
 
 mod calibration;
+mod checkpoint;
 mod families;
 mod formats;
 mod golden;
+mod layout;
+mod quantize;
+mod reference;
+mod solver;
