@@ -9,7 +9,7 @@ use super::scales::Scales;
 const DESCENT_BLOCK: usize = 64;
 
 /// Improves `codes` (`[width, lanes]`, original order) and `scales` in place; returns the final tr(E H_d Eᵀ).
-pub fn refine(
+pub(super) fn refine(
     target: &[f64],
     codes: &mut [f64],
     scales: &mut Scales,

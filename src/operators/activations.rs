@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::storage::ScratchFile;
 use bytemuck::cast_slice;
 use candle_core::{Device, Tensor};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
