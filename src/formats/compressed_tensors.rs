@@ -8,17 +8,14 @@
 //! Sources: compressed-tensors 0.20, `compressors/pack_quantized/{base,helpers}.py` and `quantization/quant_{args,scheme,config}.py`;
 //! vLLM, `compressed_tensors/schemes/compressed_tensors_wNa16.py` (4 and 8 bits only).
 
+use super::compressed_tensors_config as config;
 use super::raw::{Raw, scale_bytes, scale_type};
 use super::schemes::{self, Scheme};
 use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
-use regex::Regex;
 use safetensors::Dtype;
-use serde_json::{Value, json};
-
-/// The `format` of the config.
-const PACK_QUANTIZED: &str = "pack-quantized";
+use serde_json::Value;
 
 /// The layout that llm-compressor writes; the default output.
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,19 +76,19 @@ impl Format for CompressedTensors {
         tensors
     }
 
-    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
+    fn unpack(&self, linear: &str, stated: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
         let Scheme {
             bits,
             group_size,
             symmetric,
-        } = scheme_of(linear, config)?;
+        } = config::scheme_of(linear, stated)?;
         let (rows, columns, codes) = read_codes(linear, bits, tensor)?;
 
         let scale = Raw::required(tensor, linear, "weight_scale")?;
         let groups = match group_size {
             Some(size) if columns.is_multiple_of(size) => columns / size,
             Some(size) => {
-                return Err(config_error(
+                return Err(config::config_error(
                     linear,
                     format!("has {columns} columns, which are not whole groups of {size}"),
                 ));
@@ -126,138 +123,13 @@ impl Format for CompressedTensors {
         })
     }
 
-    /// One group with `targets: ["Linear"]` where all quantized linears agree, else one group a scheme with explicit names.
-    ///
-    /// `actorder` is null: it only tells how codes were searched. Readers treat null and `static` alike (codes in
-    /// column order, no `weight_g_idx`); `group`, which needs one, was removed from compressed-tensors in 2026.
     fn quantization_config(&self, linears: &[LinearLayout]) -> Value {
-        let schemes = schemes::schemes(linears);
-        let uniform = schemes.len() == 1;
-        let groups: serde_json::Map<String, Value> = schemes
-            .into_iter()
-            .enumerate()
-            .map(|(index, (scheme, members))| {
-                let targets = if uniform {
-                    json!(["Linear"])
-                } else {
-                    members.iter().map(|it| it.name.as_str()).collect()
-                };
-                (format!("group_{index}"), group(targets, scheme))
-            })
-            .collect();
-        let ignore: Value = linears
-            .iter()
-            .filter(|linear| linear.grid.is_none())
-            .map(|linear| linear.name.as_str())
-            .collect();
-        json!({
-            "quant_method": "compressed-tensors",
-            "format": PACK_QUANTIZED,
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": ignore,
-            "kv_cache_scheme": null,
-            "global_compression_ratio": null,
-        })
+        config::quantization_config(linears)
     }
 
     fn side_files(&self, _linears: &[LinearLayout]) -> Vec<(&'static str, Value)> {
         Vec::new()
     }
-}
-
-/// One entry of `config_groups`. Readers reject keys that they do not know here.
-fn group(targets: Value, scheme: Scheme) -> Value {
-    let strategy = match scheme.group_size {
-        Some(_) => "group",
-        None => "channel",
-    };
-    json!({
-        "targets": targets,
-        "format": PACK_QUANTIZED,
-        "weights": {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": strategy,
-            "group_size": scheme.group_size,
-            "dynamic": false,
-            "actorder": null,
-        },
-        "input_activations": null,
-        "output_activations": null,
-    })
-}
-
-fn config_error(linear: &str, problem: impl Into<String>) -> Error {
-    Error::invalid(
-        format!("quantization_config for {linear}"),
-        problem,
-        "only integer pack-quantized weights of 2, 3, 4 or 8 bits, in groups or per channel, are read",
-    )
-}
-
-/// The scheme whose target fits best: the exact name, then a regular expression, then the class `Linear`.
-fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
-    let groups = config.get("config_groups").and_then(Value::as_object);
-    let rank = |target: &str| match target.strip_prefix("re:") {
-        // Python's re.match: from the start, not to the end. Patterns with look-around fit nothing here.
-        Some(pattern) => Regex::new(&format!("^(?:{pattern})"))
-            .is_ok_and(|pattern| pattern.is_match(linear))
-            .then_some(1),
-        None if target == linear => Some(0),
-        None => (target == "Linear").then_some(2),
-    };
-    let mut best: Option<(i32, &Value)> = None;
-    for group in groups.into_iter().flat_map(|groups| groups.values()) {
-        let targets = group.get("targets").and_then(Value::as_array);
-        let targets = targets.into_iter().flatten().filter_map(Value::as_str);
-        if let Some(rank) = targets.filter_map(rank).min()
-            && best.is_none_or(|(known, _)| rank < known)
-        {
-            best = Some((rank, group));
-        }
-    }
-    let Some((_, group)) = best else {
-        return Err(config_error(linear, "no entry of config_groups targets it"));
-    };
-    let format = group.get("format").filter(|it| !it.is_null());
-    let format = format.or(config.get("format")).and_then(Value::as_str);
-    if format != Some(PACK_QUANTIZED) {
-        return Err(config_error(linear, format!("the format is {format:?}")));
-    }
-    let weights = &group["weights"];
-    let kind = weights.get("type").map_or(Some("int"), Value::as_str);
-    if kind != Some("int") {
-        return Err(config_error(linear, format!("the type is {kind:?}")));
-    }
-    let number = |key: &str| weights.get(key).and_then(Value::as_i64);
-    let bits = number("num_bits").and_then(|bits| u32::try_from(bits).ok());
-    let bits = bits.filter(|bits| bits::WIDTHS.contains(bits));
-    let Some(bits) = bits else {
-        return Err(config_error(
-            linear,
-            format!("num_bits is {}", weights["num_bits"]),
-        ));
-    };
-    let group_size = match (
-        weights.get("strategy").and_then(Value::as_str),
-        number("group_size"),
-    ) {
-        (Some("channel"), _) | (None, Some(-1)) => None,
-        (Some("group") | None, Some(size)) if size > 0 => usize::try_from(size).ok(),
-        (strategy, size) => {
-            return Err(config_error(
-                linear,
-                format!("strategy {strategy:?} with group_size {size:?}"),
-            ));
-        }
-    };
-    Ok(Scheme {
-        bits,
-        group_size,
-        symmetric: weights["symmetric"].as_bool().unwrap_or(true),
-    })
 }
 
 /// Rows, columns and codes. `weight_shape` is believed only as far as the packed tensor bears it out.

@@ -6,6 +6,7 @@
 
 mod bits;
 mod compressed_tensors;
+mod compressed_tensors_config;
 mod gptq;
 mod gptq_config;
 mod raw;
