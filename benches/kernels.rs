@@ -17,7 +17,9 @@ const TOKENS: usize = 512;
 fn random(n: usize) -> Vec<f32> {
     let mut state = 1u64;
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
     (0..n).map(|_| next()).collect()
@@ -32,31 +34,69 @@ fn kernels(c: &mut Criterion) {
         let mut out = vec![0f32; width * width];
         let view = |x| View::rows(x, TOKENS, width, width);
         group.bench_function("gemm", |b| {
-            b.iter(|| product(ViewMut::rows(&mut out, width, width, width), 0.0, view(&x).transposed(), view(&x), 1.0));
+            b.iter(|| {
+                product(
+                    ViewMut::rows(&mut out, width, width, width),
+                    0.0,
+                    view(&x).transposed(),
+                    view(&x),
+                    1.0,
+                )
+            });
         });
         let mut gram = SiteStatistics::new(Exponents::from_probe(&x, width), false);
         group.bench_function("exact gram", |b| b.iter(|| gram.add(black_box(&x), None)));
         let mut both = SiteStatistics::new(Exponents::from_probe(&x, width), true);
-        group.bench_function("exact gram and cross", |b| b.iter(|| both.add(black_box(&x), Some(&other))));
+        group.bench_function("exact gram and cross", |b| {
+            b.iter(|| both.add(black_box(&x), Some(&other)))
+        });
 
         let (gram, cross) = (both.to_f64(Product::Gram).unwrap(), both.to_f64(Product::Cross));
         let factored = || Factor::new("bench", gram.clone(), cross.clone(), 0.01, ColumnOrder::Static);
         group.bench_function("factor", |b| b.iter(factored));
         let factor = factored().unwrap();
         let rows = random(128 * width);
-        let grid = Grid { bits: 4, group_size: 64, symmetric: true, scale_dtype: ScaleDtype::Bf16 };
-        for (name, match_original, refine_rounds) in [("solve", 0.0, 0), ("solve, matched", 0.5, 0), ("solve, refined", 0.5, 2)] {
-            let options = GptqOptions { match_original, refine_rounds };
-            group.bench_function(format!("{name}, 128 rows"), |b| b.iter(|| gptq(&rows, &factor, grid, options)));
+        let grid = Grid {
+            bits: 4,
+            group_size: 64,
+            symmetric: true,
+            scale_dtype: ScaleDtype::Bf16,
+        };
+        for (name, match_original, refine_rounds) in [
+            ("solve", 0.0, 0),
+            ("solve, matched", 0.5, 0),
+            ("solve, refined", 0.5, 2),
+        ] {
+            let options = GptqOptions {
+                match_original,
+                refine_rounds,
+            };
+            group.bench_function(format!("{name}, 128 rows"), |b| {
+                b.iter(|| gptq(&rows, &factor, grid, options))
+            });
         }
         group.finish();
     }
-    let shape = AttentionShape { length: TOKENS, heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, softcap: None, window: None };
+    let shape = AttentionShape {
+        length: TOKENS,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        scale: 0.125,
+        softcap: None,
+        window: None,
+    };
     let (q, k, v) = (random(TOKENS * 576), random(TOKENS * 192), random(TOKENS * 192));
-    c.bench_function("attention 9 heads of 64", |b| b.iter(|| attention(&q, &k, &v, shape)));
+    c.bench_function("attention 9 heads of 64", |b| {
+        b.iter(|| attention(&q, &k, &v, shape))
+    });
     let (gate, up) = (random(TOKENS * 1536), random(TOKENS * 1536));
     c.bench_function("silu gate", |b| {
-        b.iter_batched_ref(|| gate.clone(), |gate| silu_gate(gate, &up), criterion::BatchSize::LargeInput);
+        b.iter_batched_ref(
+            || gate.clone(),
+            |gate| silu_gate(gate, &up),
+            criterion::BatchSize::LargeInput,
+        );
     });
 }
 

@@ -98,27 +98,50 @@ struct WindowScore {
 /// A checkpoint that cannot be read, or two that do not fit together.
 pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Scores> {
     let begin = Instant::now();
-    let models = [Source::open(&job.model, Device::Cpu)?, Source::open(&job.reference, Device::Cpu)?];
+    let models = [
+        Source::open(&job.model, Device::Cpu)?,
+        Source::open(&job.reference, Device::Cpu)?,
+    ];
     let [model, reference] = [&models[0].tower, &models[1].tower];
     if model.spec.vocab_size != reference.spec.vocab_size {
         return Err(Error::invalid(
             job.model.display().to_string(),
-            format!("has a vocabulary of {}, the reference of {}", model.spec.vocab_size, reference.spec.vocab_size),
+            format!(
+                "has a vocabulary of {}, the reference of {}",
+                model.spec.vocab_size, reference.spec.vocab_size
+            ),
             "compare a quantized checkpoint with the one it was made from",
         ));
     }
     if model.blocks() != reference.blocks() {
         return Err(Error::invalid(
             job.model.display().to_string(),
-            format!("has {} decoder layers, the reference {}", model.blocks(), reference.blocks()),
+            format!(
+                "has {} decoder layers, the reference {}",
+                model.blocks(),
+                reference.blocks()
+            ),
             "compare a quantized checkpoint with the one it was made from",
         ));
     }
-    let length = job.windows.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    let length = job
+        .windows
+        .batches
+        .iter()
+        .map(|batch| batch.length)
+        .max()
+        .unwrap_or(0);
     if length < 2 {
-        return Err(Error::usage("--text", "there is no window of at least two tokens", "give more text"));
+        return Err(Error::usage(
+            "--text",
+            "there is no window of at least two tokens",
+            "give more text",
+        ));
     }
-    observer.phase("evaluate", ((model.blocks() + 1) * job.windows.batches.len()) as u64);
+    observer.phase(
+        "evaluate",
+        ((model.blocks() + 1) * job.windows.batches.len()) as u64,
+    );
     let rotary = [model.rotary(length)?, reference.rotary(length)?];
     let scores: Arc<Mutex<Vec<WindowScore>>> = Arc::default();
     let shared = Arc::new(Shared {
@@ -135,7 +158,11 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     let resident = RESIDENT_BYTES / job.workers;
     run::on_workers(job.workers, halt, move |worker| {
         let folder = std::env::temp_dir();
-        let store = Rc::new(RefCell::new(ActivationStore::new(&folder, resident, Precision::F32)));
+        let store = Rc::new(RefCell::new(ActivationStore::new(
+            &folder,
+            resident,
+            Precision::F32,
+        )));
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.batches.len()).collect(),
@@ -152,7 +179,9 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         Ok(())
     })?;
     drop(shared);
-    let windows = Arc::into_inner(scores).and_then(|scores| scores.into_inner().ok()).unwrap_or_default();
+    let windows = Arc::into_inner(scores)
+        .and_then(|scores| scores.into_inner().ok())
+        .unwrap_or_default();
     let mut scores = summarize(windows)?;
     scores.elapsed_seconds = begin.elapsed().as_secs_f64();
     scores.peak_host_bytes = report::peak_host_bytes();
@@ -163,7 +192,9 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
 fn spread(positions: StreamVec<'_, u64, usize>) -> StreamVec<'_, u64, usize> {
     let route = Exchange::new(|position: &usize| *position as u64);
     positions.unary::<CapacityContainerBuilder<Vec<usize>>, _, _, _>(route, "spread", |_, _| {
-        move |input, output| input.for_each_stamp(|capability, data| output.session(&capability).give_containers(data))
+        move |input, output| {
+            input.for_each_stamp(|capability, data| output.session(&capability).give_containers(data))
+        }
     })
 }
 
@@ -186,13 +217,23 @@ fn blocks<'s>(
             move |input, output| {
                 input.for_each_stamp(|capability, data| {
                     if let Some(capability) = capability.retain_least(output.output_index()) {
-                        queue.extend(data.flat_map(|c| c.drain(..)).map(|position| (capability.clone(), position)));
+                        queue.extend(
+                            data.flat_map(|c| c.drain(..))
+                                .map(|position| (capability.clone(), position)),
+                        );
                     }
                 });
                 // Earlier blocks first, so that at most two blocks' weights are in use.
-                queue.make_contiguous().sort_by_key(|(capability, position)| (*capability.time(), *position));
+                queue
+                    .make_contiguous()
+                    .sort_by_key(|(capability, position)| (*capability.time(), *position));
                 if let Some((capability, position)) = queue.pop_front().filter(|_| !shared.halt.is_raised()) {
-                    match step(&shared, &mut store.borrow_mut(), *capability.time() as usize, position) {
+                    match step(
+                        &shared,
+                        &mut store.borrow_mut(),
+                        *capability.time() as usize,
+                        position,
+                    ) {
                         Ok(results) => output.session(&capability).give_iterator(results.into_iter()),
                         Err(error) => {
                             shared.halt.raise(error);
@@ -230,7 +271,10 @@ fn step(
             continue;
         }
         let loaded = shared.blocks.get((block * 2 + i) as u64, 4, || {
-            let linears = SiteKind::ALL.iter().map(|&site| source.linears(block, site)).collect::<Result<_>>()?;
+            let linears = SiteKind::ALL
+                .iter()
+                .map(|&site| source.linears(block, site))
+                .collect::<Result<_>>()?;
             Ok((source.tower.block(block, &shared.rotary[i])?, linears))
         })?;
         let (layer, linears) = &*loaded;
@@ -241,8 +285,14 @@ fn step(
         [model, reference] => {
             let head = |i: usize| shared.heads.get(i as u64, 2, || shared.models[i].tower.head());
             let (model_head, reference_head) = (head(0)?, head(1)?);
-            score(batch.length, position, &batch.tokens, (&model_head, model), (&reference_head, reference))
-                .map(|windows| windows.into_iter().map(Err).collect())
+            score(
+                batch.length,
+                position,
+                &batch.tokens,
+                (&model_head, model),
+                (&reference_head, reference),
+            )
+            .map(|windows| windows.into_iter().map(Err).collect())
         }
         _ => Ok(vec![Ok(position)]),
     }
@@ -266,7 +316,10 @@ fn score(
             };
             let ((ours, vocab), (theirs, _)) = (logits(model)?, logits(reference)?);
             let targets = &tokens[begin + 1..];
-            let pairs = theirs.chunks_exact(vocab).zip(ours.chunks_exact(vocab)).zip(targets);
+            let pairs = theirs
+                .chunks_exact(vocab)
+                .zip(ours.chunks_exact(vocab))
+                .zip(targets);
             all.extend(pairs.map(|((r, m), &target)| compare(r, m, target as usize)));
         }
         windows.push(WindowScore {
@@ -294,14 +347,24 @@ fn gather(scored: Scored<'_>, scores: Arc<Mutex<Vec<WindowScore>>>) {
 /// Sums in the order of the windows, so that the result does not depend on the number of workers.
 fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
     windows.sort_by_key(|score| score.window);
-    let mut kl: Vec<f64> = windows.iter().flat_map(|score| score.kl.iter().copied()).collect();
+    let mut kl: Vec<f64> = windows
+        .iter()
+        .flat_map(|score| score.kl.iter().copied())
+        .collect();
     let tokens = kl.len() as f64;
     let sum = |value: fn(&WindowScore) -> f64| windows.iter().map(value).sum::<f64>();
     let kl_mean = kl.iter().sum::<f64>() / tokens;
     if !kl_mean.is_finite() {
-        return Err(Error::invalid("evaluation", "a model's logits are not finite", "the checkpoint is damaged, or overflows in f32"));
+        return Err(Error::invalid(
+            "evaluation",
+            "a model's logits are not finite",
+            "the checkpoint is damaged, or overflows in f32",
+        ));
     }
-    let means: Vec<f64> = windows.iter().map(|s| s.kl.iter().sum::<f64>() / s.kl.len() as f64).collect();
+    let means: Vec<f64> = windows
+        .iter()
+        .map(|s| s.kl.iter().sum::<f64>() / s.kl.len() as f64)
+        .collect();
     let count = means.len() as f64;
     let center = means.iter().sum::<f64>() / count;
     let variance = means.iter().map(|m| (m - center).powi(2)).sum::<f64>() / (count - 1.0);
@@ -327,14 +390,25 @@ fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
 /// Writes the logits of `model` on `windows` as an f32 tensor `logits`, `[windows, length, vocabulary]`, in a safetensors file.
 pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Result<()> {
     let source = Source::open(model, Device::Cpu)?;
-    let length = windows.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    let length = windows
+        .batches
+        .iter()
+        .map(|batch| batch.length)
+        .max()
+        .unwrap_or(0);
     let rotary = source.tower.rotary(length)?;
-    let tokens: Vec<u32> = windows.batches.iter().flat_map(|batch| batch.tokens.iter().copied()).collect();
+    let tokens: Vec<u32> = windows
+        .batches
+        .iter()
+        .flat_map(|batch| batch.tokens.iter().copied())
+        .collect();
     let mut residual = source.tower.embed(&tokens)?;
     for block in 0..source.tower.blocks() {
         let layer = source.tower.block(block, &rotary)?;
-        let linears: Vec<Vec<Linear>> =
-            SiteKind::ALL.iter().map(|&site| source.linears(block, site)).collect::<Result<_>>()?;
+        let linears: Vec<Vec<Linear>> = SiteKind::ALL
+            .iter()
+            .map(|&site| source.linears(block, site))
+            .collect::<Result<_>>()?;
         residual = layer.forward(&residual, length, |site| &linears[site as usize][..])?;
     }
     let logits = source.tower.head()?.logits(&residual)?;

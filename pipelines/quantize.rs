@@ -109,7 +109,12 @@ impl Job {
     }
 
     fn batch_tokens(&self) -> usize {
-        self.calibration.batches.iter().map(|batch| batch.tokens.len()).max().unwrap_or(0)
+        self.calibration
+            .batches
+            .iter()
+            .map(|batch| batch.tokens.len())
+            .max()
+            .unwrap_or(0)
     }
 
     /// Predicted peak of resident bytes, and the share of it that activations may take.
@@ -119,7 +124,12 @@ impl Job {
     pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
         let fixed = plan.fixed_bytes(self.workers, self.batch_tokens().max(PROBE_TOKENS));
         let streams = 1 + u64::from(self.recipe.match_original > 0.0);
-        let tokens: u64 = self.calibration.batches.iter().map(|batch| batch.tokens.len() as u64).sum();
+        let tokens: u64 = self
+            .calibration
+            .batches
+            .iter()
+            .map(|batch| batch.tokens.len() as u64)
+            .sum();
         let widths = plan.linears.first().map_or(0, |l| l.columns * 4)
             + plan.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
         let activations = tokens * streams * widths as u64;
@@ -128,7 +138,10 @@ impl Job {
             Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
                 Error::usage(
                     "--memory",
-                    format!("{budget} bytes do not hold one block of this model with {} workers", self.workers),
+                    format!(
+                        "{budget} bytes do not hold one block of this model with {} workers",
+                        self.workers
+                    ),
                     format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
                 )
             })?,
@@ -148,9 +161,16 @@ impl Job {
             }
         }
         // The first norm stands for the weights: hashing all of them would read the whole checkpoint.
-        hash.update(tower.checkpoint.tensor(&format!("{}input_layernorm.weight", tower.block_prefix(0)))?.bytes);
+        hash.update(
+            tower
+                .checkpoint
+                .tensor(&format!("{}input_layernorm.weight", tower.block_prefix(0)))?
+                .bytes,
+        );
         let recipe = serde_json::to_value(&self.recipe);
-        hash.update(text(&recipe.map_err(|error| Error::invalid("recipe", error.to_string(), ""))?));
+        hash.update(text(
+            &recipe.map_err(|error| Error::invalid("recipe", error.to_string(), ""))?,
+        ));
         hash.update(self.shard_bytes_max.to_le_bytes());
         for batch in &self.calibration.batches {
             hash.update(format!("{}\n", batch.id));
@@ -167,7 +187,11 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     let begin = (Instant::now(), report::process_cpu());
     let (tower, plan) = job.plan()?;
     if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() {
-        return Err(Error::usage("--calibration", "GPTQ needs calibration text", "name a file, or use --method rtn"));
+        return Err(Error::usage(
+            "--calibration",
+            "GPTQ needs calibration text",
+            "name a file, or use --method rtn",
+        ));
     }
     let (plan_peak, resident) = job.predict(&plan)?;
     prepare_folder(job)?;
@@ -184,11 +208,20 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     };
     let resumed_blocks = output.blocks_done();
     if resumed_blocks > 0 {
-        observer.note(&format!("continuing: {resumed_blocks} of {} blocks are done", plan.blocks()));
+        observer.note(&format!(
+            "continuing: {resumed_blocks} of {} blocks are done",
+            plan.blocks()
+        ));
     }
     copy_untouched(&tower, &plan, &output)?;
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
-    let length = job.calibration.batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    let length = job
+        .calibration
+        .batches
+        .iter()
+        .map(|batch| batch.length)
+        .max()
+        .unwrap_or(0);
     if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
         return Err(Error::usage(
             "--length",
@@ -230,7 +263,11 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
 fn prepare_folder(job: &Job) -> Result<()> {
     let output = &job.output;
     if job.model.canonicalize().ok() == output.canonicalize().ok() && output.exists() {
-        return Err(Error::usage("--output", "is the checkpoint itself", "choose another folder"));
+        return Err(Error::usage(
+            "--output",
+            "is the checkpoint itself",
+            "choose another folder",
+        ));
     }
     if !output.exists() {
         return storage::create_folder(output);
@@ -261,11 +298,18 @@ fn prepare_folder(job: &Job) -> Result<()> {
 }
 
 fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
-    let done = output.records.lock().is_ok_and(|records| records.contains(&Record::Copied));
+    let done = output
+        .records
+        .lock()
+        .is_ok_and(|records| records.contains(&Record::Copied));
     if done {
         return Ok(());
     }
-    copy_tensors(&tower.checkpoint, plan.copied.iter().map(String::as_str), &output.writer)?;
+    copy_tensors(
+        &tower.checkpoint,
+        plan.copied.iter().map(String::as_str),
+        &output.writer,
+    )?;
     output.writer.sync()?;
     output.note(Record::Copied)
 }
@@ -274,9 +318,15 @@ fn drive(job: &Job, shared: &Arc<Shared>, resident: usize, precision: Precision)
     let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
     let units = left * 4 * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
-    let scratch = job.scratch.clone().unwrap_or_else(|| job.output.join(WORK_FOLDER));
+    let scratch = job
+        .scratch
+        .clone()
+        .unwrap_or_else(|| job.output.join(WORK_FOLDER));
     storage::create_folder(&scratch)?;
-    let order = job.arrival.clone().unwrap_or_else(|| (0..shared.batches.len()).collect());
+    let order = job
+        .arrival
+        .clone()
+        .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let for_workers = Arc::clone(shared);
     let method = job.recipe.method;
     run::on_workers(job.workers, &shared.halt, move |worker| {
@@ -297,17 +347,38 @@ fn drive(job: &Job, shared: &Arc<Shared>, resident: usize, precision: Precision)
 
 /// Digests, gives everything its final name, writes what readers and people want beside the weights; `config.json` last, without
 /// which nothing loads the folder.
-fn finish(job: &Job, shared: Arc<Shared>, fingerprint: &str, measure: impl FnOnce(&mut Summary)) -> Result<Summary> {
+fn finish(
+    job: &Job,
+    shared: Arc<Shared>,
+    fingerprint: &str,
+    measure: impl FnOnce(&mut Summary),
+) -> Result<Summary> {
     let shared = Arc::into_inner(shared).ok_or_else(|| Error::Worker("a worker is still running".into()))?;
-    let Shared { tower, plan, output, clock, observer, .. } = shared;
+    let Shared {
+        tower,
+        plan,
+        output,
+        clock,
+        observer,
+        ..
+    } = shared;
     let rows = rows(&output);
     let quantized = plan.linears.iter().filter(|linear| linear.grid.is_some()).count();
     if rows.len() != quantized {
-        return Err(Error::Worker(format!("{} of {quantized} linears were finished", rows.len())));
+        return Err(Error::Worker(format!(
+            "{} of {quantized} linears were finished",
+            rows.len()
+        )));
     }
     observer.phase("finish", 1);
     let output_digest = output.writer.digest()?;
-    let output_bytes = output.writer.layout().tensors().values().map(|at| at.spec.byte_len() as u64).sum();
+    let output_bytes = output
+        .writer
+        .layout()
+        .tensors()
+        .values()
+        .map(|at| at.spec.byte_len() as u64)
+        .sum();
     output.writer.finish()?;
     let layouts = plan.layouts();
     let folder = &job.output;
@@ -327,7 +398,8 @@ fn finish(job: &Job, shared: Arc<Shared>, fingerprint: &str, measure: impl FnOnc
         calibration_tokens: job.calibration.usage.tokens_used,
         linears: rows.len(),
         fallbacks: rows.iter().filter(|row| row.is_warning()).count(),
-        relative_error_mean: rows.iter().map(|row| row.relative_error).sum::<f64>() / rows.len().max(1) as f64,
+        relative_error_mean: rows.iter().map(|row| row.relative_error).sum::<f64>()
+            / rows.len().max(1) as f64,
         source_bytes: tower.checkpoint.byte_len(),
         output_bytes,
         resumed_blocks: 0,
@@ -349,7 +421,10 @@ fn finish(job: &Job, shared: Arc<Shared>, fingerprint: &str, measure: impl FnOnc
     storage::write_json(&folder.join(PROVENANCE), &provenance)?;
     let mut config = tower.checkpoint.config().clone();
     if let Some(config) = config.as_object_mut() {
-        config.insert("quantization_config".into(), plan.format.quantization_config(&layouts));
+        config.insert(
+            "quantization_config".into(),
+            plan.format.quantization_config(&layouts),
+        );
     }
     storage::write_json(&folder.join("config.json"), &config)?;
     observer.advance(1);
@@ -357,7 +432,11 @@ fn finish(job: &Job, shared: Arc<Shared>, fingerprint: &str, measure: impl FnOnc
 }
 
 fn rows(output: &Output) -> Vec<Row> {
-    let records = output.records.lock().map(|records| records.clone()).unwrap_or_default();
+    let records = output
+        .records
+        .lock()
+        .map(|records| records.clone())
+        .unwrap_or_default();
     let mut blocks: Vec<(u64, Vec<Row>)> = records
         .into_iter()
         .filter_map(|record| match record {

@@ -25,7 +25,10 @@ where
     let panicked: Arc<Mutex<Option<String>>> = Arc::default();
     let message = Arc::clone(&panicked);
     let body = move |worker: &mut Worker| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(1)
+            .use_current_thread()
+            .build();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             build(worker)?;
             while worker.has_dataflows() && !flag.is_raised() {
@@ -50,7 +53,9 @@ where
         drop(pool);
     };
     let guards = timely::execute(timely::Config::process(workers), body).map_err(Error::Worker)?;
-    let joined = catch_unwind(AssertUnwindSafe(|| guards.join().into_iter().all(|result| result.is_ok())));
+    let joined = catch_unwind(AssertUnwindSafe(|| {
+        guards.join().into_iter().all(|result| result.is_ok())
+    }));
     if let Some(reason) = halt.take() {
         return Err(reason);
     }

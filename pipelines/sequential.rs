@@ -20,6 +20,7 @@
 //! A step ends when the frontier passes it: nobody counts batches.
 
 use crate::calibration::Batch;
+use crate::operators::Local;
 use crate::operators::accumulate::accumulate;
 use crate::operators::commit::commit;
 use crate::operators::embed::embed;
@@ -29,7 +30,6 @@ use crate::operators::install::install;
 use crate::operators::merge::merge;
 use crate::operators::pack::pack;
 use crate::operators::solve::solve;
-use crate::operators::Local;
 use std::rc::Rc;
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};

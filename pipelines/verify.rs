@@ -32,7 +32,12 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
     let original = Checkpoint::open(source)?;
     let written = Source::open(output, Device::Cpu)?;
     let checkpoint = &written.tower.checkpoint;
-    let mut found = Verification { copied: 0, quantized: 0, output_digest: String::new(), problems: Vec::new() };
+    let mut found = Verification {
+        copied: 0,
+        quantized: 0,
+        output_digest: String::new(),
+        problems: Vec::new(),
+    };
     let mut linears = Vec::new();
     for block in 0..written.tower.blocks() {
         for site in SiteKind::ALL {
@@ -45,7 +50,9 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
                         if let Some(weight) = weight {
                             found.quantized += 1;
                             if (weight.rows, weight.columns) != (spec.rows, spec.columns) {
-                                found.problems.push(format!("{name} has shape {} x {}", weight.rows, weight.columns));
+                                found
+                                    .problems
+                                    .push(format!("{name} has shape {} x {}", weight.rows, weight.columns));
                             }
                             linears.push(format!("{name}.weight"));
                         }
@@ -54,7 +61,9 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
                 }
             }
             if grids.windows(2).any(|pair| pair[0] != pair[1]) {
-                found.problems.push(format!("block {block}: the linears at {site:?} are fused when served, but differ in scheme"));
+                found.problems.push(format!(
+                    "block {block}: the linears at {site:?} are fused when served, but differ in scheme"
+                ));
             }
         }
     }
@@ -62,9 +71,13 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
         let replaced = linears.iter().any(|linear| linear == name);
         match (original.get(name), checkpoint.get(name)) {
             (_, None) if replaced => {}
-            (_, Some(_)) if replaced => found.problems.push(format!("{name} is there both quantized and plain")),
+            (_, Some(_)) if replaced => found
+                .problems
+                .push(format!("{name} is there both quantized and plain")),
             (_, None) => found.problems.push(format!("{name} is missing")),
-            (Some(a), Some(b)) if a.bytes == b.bytes && a.shape == b.shape && a.dtype == b.dtype => found.copied += 1,
+            (Some(a), Some(b)) if a.bytes == b.bytes && a.shape == b.shape && a.dtype == b.dtype => {
+                found.copied += 1
+            }
             _ => found.problems.push(format!("{name} differs from the source")),
         }
         original.release(name);
@@ -80,7 +93,9 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
     if provenance.is_file() {
         let recorded = read_json(&provenance)?;
         if recorded.get("output_digest").and_then(|digest| digest.as_str()) != Some(&found.output_digest) {
-            found.problems.push("the digest is not the one that quantflow.json records".into());
+            found
+                .problems
+                .push("the digest is not the one that quantflow.json records".into());
         }
     }
     Ok(found)

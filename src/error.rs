@@ -60,11 +60,7 @@ pub enum Error {
 
 impl Error {
     /// Bad input in `subject` (a file, tensor or row); `hint` may be empty.
-    pub fn invalid(
-        subject: impl Into<String>,
-        problem: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
+    pub fn invalid(subject: impl Into<String>, problem: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Invalid {
             subject: subject.into(),
             problem: problem.into(),
@@ -73,11 +69,7 @@ impl Error {
     }
 
     /// A flag that cannot be honoured; `hint` may be empty.
-    pub fn usage(
-        flag: impl Into<String>,
-        problem: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
+    pub fn usage(flag: impl Into<String>, problem: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Usage {
             flag: flag.into(),
             problem: problem.into(),
@@ -88,9 +80,7 @@ impl Error {
     /// The way out, if one is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Invalid { hint, .. } | Self::Usage { hint, .. } => {
-                (!hint.is_empty()).then(|| hint.clone())
-            }
+            Self::Invalid { hint, .. } | Self::Usage { hint, .. } => (!hint.is_empty()).then(|| hint.clone()),
             Self::Io { source, path, .. } => match source.kind() {
                 std::io::ErrorKind::StorageFull => Some(format!(
                     "free some space on the disk of {}; finished blocks are kept, the same command continues",
@@ -101,9 +91,7 @@ impl Error {
                 }
                 _ => None,
             },
-            Self::Factor { .. } => {
-                Some("raise --damp-percent, or calibrate with more tokens".into())
-            }
+            Self::Factor { .. } => Some("raise --damp-percent, or calibrate with more tokens".into()),
             Self::Interrupted => Some("run the same command again to continue".into()),
             Self::Tensor(_) | Self::Worker(_) => None,
         }

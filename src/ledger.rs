@@ -8,8 +8,8 @@ use bincode::{Decode, Encode, config};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
-/// Length and checksum before each record.
-const FRAME_BYTES: usize = 4 + 8;
+/// Before each record: its length, the length's complement (a damaged length would else look like a torn tail), its checksum.
+const FRAME_BYTES: usize = 4 + 4 + 8;
 /// Largest record: the rows of a block with thousands of experts stay far below.
 const RECORD_BYTES_MAX: usize = 64 << 20;
 
@@ -81,7 +81,9 @@ impl Ledger {
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let body = bincode::encode_to_vec(record, config::standard())
             .map_err(|error| Error::invalid("ledger", error.to_string(), ""))?;
-        let mut frame = (body.len() as u32).to_le_bytes().to_vec();
+        let length = body.len() as u32;
+        let mut frame = length.to_le_bytes().to_vec();
+        frame.extend((!length).to_le_bytes());
         frame.extend(checksum(&body));
         frame.extend(body);
         self.file.append(&frame)
@@ -94,24 +96,28 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<Record>, usize)> {
     let mut at = 0;
     while bytes.len() - at >= FRAME_BYTES {
         let (frame, rest) = bytes[at..].split_at(FRAME_BYTES);
-        let length = frame[..4].iter().rev().fold(0usize, |n, &b| n << 8 | usize::from(b));
-        let Some(body) = rest.get(..length).filter(|_| length <= RECORD_BYTES_MAX) else {
-            break;
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0u32, |n, &b| n << 8 | u32::from(b));
+        let (length, complement) = (number(&frame[..4]), number(&frame[4..8]));
+        let damaged = || {
+            Error::invalid(
+                path.display().to_string(),
+                format!("is damaged at byte {at}"),
+                "the disk or another program changed it: pass --fresh to begin again",
+            )
         };
-        let last = rest.len() == length;
-        let record = (checksum(body) == frame[4..])
+        let length = match length == !complement && length as usize <= RECORD_BYTES_MAX {
+            true => length as usize,
+            false => return Err(damaged()),
+        };
+        let Some(body) = rest.get(..length) else { break };
+        let record = (checksum(body) == frame[8..])
             .then(|| bincode::decode_from_slice::<Record, _>(body, config::standard()).ok())
             .flatten();
         match record {
             Some((record, _)) => records.push(record),
-            None if last => break,
-            None => {
-                return Err(Error::invalid(
-                    path.display().to_string(),
-                    format!("is damaged at byte {at}"),
-                    "the disk or another program changed it: pass --fresh to begin again",
-                ));
-            }
+            // The system may have made the file longer before the bytes came.
+            None if rest.len() == length => break,
+            None => return Err(damaged()),
         }
         at += FRAME_BYTES + length;
     }
@@ -124,6 +130,7 @@ fn checksum(body: &[u8]) -> [u8; 8] {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods)] // damage is the point
 mod tests {
     use super::*;
 
@@ -131,23 +138,28 @@ mod tests {
     fn a_torn_tail_is_cut_and_a_damaged_middle_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ledger");
-        let facts = [Record::Copied, Record::Block { block: 0, rows: vec![] }, Record::Block { block: 1, rows: vec![] }];
+        let block = |block| Record::Block { block, rows: vec![] };
+        let facts = [Record::Copied, block(0), block(1)];
         let (mut ledger, found) = Ledger::open(&path, "run").unwrap();
         assert!(found.is_empty());
         facts.iter().for_each(|fact| ledger.append(fact).unwrap());
         drop(ledger);
         let whole = std::fs::read(&path).unwrap();
         assert_eq!(Ledger::open(&path, "run").unwrap().1, facts);
-        assert!(Ledger::open(&path, "another").unwrap_err().to_string().contains("another recipe"));
+        let other = Ledger::open(&path, "another").unwrap_err();
+        assert!(other.to_string().contains("another recipe"));
         for cut in 0..whole.len() {
-            std::fs::File::create(&path).unwrap();
-            std::io::Write::write_all(&mut std::fs::OpenOptions::new().write(true).open(&path).unwrap(), &whole[..cut]).unwrap();
+            std::fs::write(&path, &whole[..cut]).unwrap();
             let (_, found) = Ledger::open(&path, "run").unwrap();
             assert!(facts.starts_with(&found), "cut at {cut}: {found:?}");
         }
-        let mut damaged = whole.clone();
-        damaged[20] ^= 1;
-        std::io::Write::write_all(&mut std::fs::OpenOptions::new().write(true).truncate(true).open(&path).unwrap(), &damaged).unwrap();
-        assert!(Ledger::open(&path, "run").unwrap_err().to_string().contains("damaged"));
+        // Any byte of a record that is not the last.
+        for byte in 0..whole.len() - FRAME_BYTES - 3 {
+            let mut damaged = whole.clone();
+            damaged[byte] ^= 1;
+            std::fs::write(&path, &damaged).unwrap();
+            let error = Ledger::open(&path, "run").unwrap_err().to_string();
+            assert!(error.contains("damaged"), "byte {byte}: {error}");
+        }
     }
 }

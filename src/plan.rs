@@ -73,7 +73,10 @@ pub struct Plan {
 
 impl std::fmt::Debug for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Plan").field("recipe", &self.recipe).field("linears", &self.linears.len()).finish_non_exhaustive()
+        f.debug_struct("Plan")
+            .field("recipe", &self.recipe)
+            .field("linears", &self.linears.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -92,8 +95,13 @@ impl Plan {
             ));
         }
         let format = formats::by_name(&recipe.format)?;
-        let ignore = RegexSet::new(&recipe.ignore)
-            .map_err(|error| Error::usage("--ignore", error.to_string(), "give regular expressions on module names"))?;
+        let ignore = RegexSet::new(&recipe.ignore).map_err(|error| {
+            Error::usage(
+                "--ignore",
+                error.to_string(),
+                "give regular expressions on module names",
+            )
+        })?;
         let mut linears = Vec::new();
         for block in 0..tower.blocks() {
             for site in SiteKind::ALL {
@@ -145,13 +153,20 @@ impl Plan {
             if quantized.contains_key(name) {
                 continue;
             }
-            let Some(spec) = tower.checkpoint.spec(name) else { continue };
+            let Some(spec) = tower.checkpoint.spec(name) else {
+                continue;
+            };
             if let Some(module) = name.strip_suffix(".weight")
                 && let [rows, columns] = spec.shape[..]
                 && name != embedding
                 && !self.linears.iter().any(|linear| linear.name == module)
             {
-                let layout = LinearLayout { name: module.into(), rows, columns, grid: None };
+                let layout = LinearLayout {
+                    name: module.into(),
+                    rows,
+                    columns,
+                    grid: None,
+                };
                 self.outside.push(layout);
             }
             self.copied.push(name.to_owned());
@@ -160,11 +175,17 @@ impl Plan {
         // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
         if tower.head_name() == embedding {
             let [rows, columns] = [tower.spec.vocab_size, tower.spec.hidden_size];
-            self.outside.push(LinearLayout { name: "lm_head".into(), rows, columns, grid: None });
+            self.outside.push(LinearLayout {
+                name: "lm_head".into(),
+                rows,
+                columns,
+                grid: None,
+            });
         }
         for linear in &self.linears {
             if let Some(grid) = linear.grid {
-                self.output.extend(self.format.specs(&linear.name, linear.rows, linear.columns, grid));
+                self.output
+                    .extend(self.format.specs(&linear.name, linear.rows, linear.columns, grid));
             }
         }
     }
@@ -188,8 +209,12 @@ impl Plan {
     /// The linears of a step.
     pub fn step_linears(&self, step: u64) -> &[PlannedLinear] {
         let (block, site) = self.step(step);
-        let begin = self.linears.partition_point(|linear| (linear.block, linear.site) < (block, site));
-        let end = self.linears.partition_point(|linear| (linear.block, linear.site) <= (block, site));
+        let begin = self
+            .linears
+            .partition_point(|linear| (linear.block, linear.site) < (block, site));
+        let end = self
+            .linears
+            .partition_point(|linear| (linear.block, linear.site) <= (block, site));
         &self.linears[begin..end]
     }
 
@@ -211,7 +236,8 @@ impl Plan {
 
     /// Predicted peak of resident bytes besides activations: the widest step's weights, sums, factor and solver memory.
     pub fn fixed_bytes(&self, workers: usize, batch_tokens: usize) -> u64 {
-        let matching = u64::from(self.recipe.match_original > 0.0 && self.recipe.method == crate::recipe::Method::Gptq);
+        let matching =
+            u64::from(self.recipe.match_original > 0.0 && self.recipe.method == crate::recipe::Method::Gptq);
         let step = |step: u64| -> u64 {
             let linears = self.step_linears(step);
             let width = linears.iter().map(|l| l.columns as u64).max().unwrap_or(0);
@@ -224,7 +250,12 @@ impl Plan {
             weights * (2 + matching) + sums.max(solver) + factor
         };
         let block: u64 = (0..self.steps()).map(step).max().unwrap_or(0);
-        let widest = self.linears.iter().map(|l| l.rows.max(l.columns)).max().unwrap_or(0);
+        let widest = self
+            .linears
+            .iter()
+            .map(|l| l.rows.max(l.columns))
+            .max()
+            .unwrap_or(0);
         let forward = (workers * batch_tokens * widest * 4 * 6) as u64;
         BASE_BYTES + block + forward
     }
@@ -242,11 +273,25 @@ fn grid(
         0 => (columns, None),
         wanted if columns.is_multiple_of(wanted) => (wanted, None),
         wanted => {
-            let divisors: Vec<usize> = (16..=columns).filter(|d| d % 16 == 0 && columns.is_multiple_of(*d)).collect();
-            match divisors.iter().rev().find(|d| **d <= wanted).filter(|_| recipe.group_fallback) {
-                Some(&used) => (used, Some(format!("group_size {used}: {wanted} does not divide {columns}"))),
+            let divisors: Vec<usize> = (16..=columns)
+                .filter(|d| d % 16 == 0 && columns.is_multiple_of(*d))
+                .collect();
+            match divisors
+                .iter()
+                .rev()
+                .find(|d| **d <= wanted)
+                .filter(|_| recipe.group_fallback)
+            {
+                Some(&used) => (
+                    used,
+                    Some(format!("group_size {used}: {wanted} does not divide {columns}")),
+                ),
                 None => {
-                    let fitting: Vec<_> = divisors.iter().filter(|d| **d <= 512).map(ToString::to_string).collect();
+                    let fitting: Vec<_> = divisors
+                        .iter()
+                        .filter(|d| **d <= 512)
+                        .map(ToString::to_string)
+                        .collect();
                     return Err(Error::usage(
                         "--group-size",
                         format!("{wanted} does not divide the {columns} input features of {name}"),

@@ -99,7 +99,11 @@ impl Recipe {
 
     fn parse(name: &str, text: &str) -> Result<Self> {
         toml::from_str(text).map_err(|error| {
-            Error::invalid(name, error.to_string().trim(), "compare with the recipes in pipelines/recipes")
+            Error::invalid(
+                name,
+                error.to_string().trim(),
+                "compare with the recipes in pipelines/recipes",
+            )
         })
     }
 
@@ -110,9 +114,21 @@ impl Recipe {
             false => Err(Error::usage(flag, format!("must be {wanted}"), "")),
         };
         range("--bits", BITS.contains(&self.bits), "2, 3, 4 or 8")?;
-        range("--group-size", self.group_size <= 65_536, "at most 65536; 0 means one scale a row")?;
-        range("--damp-percent", (0.0..=1.0).contains(&self.damp_percent), "between 0 and 1 (0.01 is 1 percent)")?;
-        range("--match-original", (0.0..=1.0).contains(&self.match_original), "between 0 and 1")?;
+        range(
+            "--group-size",
+            self.group_size <= 65_536,
+            "at most 65536; 0 means one scale a row",
+        )?;
+        range(
+            "--damp-percent",
+            (0.0..=1.0).contains(&self.damp_percent),
+            "between 0 and 1 (0.01 is 1 percent)",
+        )?;
+        range(
+            "--match-original",
+            (0.0..=1.0).contains(&self.match_original),
+            "between 0 and 1",
+        )?;
         range("--refine", self.refine_rounds <= 100, "at most 100 rounds")?;
         crate::formats::by_name(&self.format).map(drop)
     }

@@ -39,7 +39,7 @@ pub struct Row {
 impl Row {
     /// Whether this row asks for a look: a fallback, or an error above [`RELATIVE_ERROR_MAX`].
     pub fn is_warning(&self) -> bool {
-        self.fallback.is_some() || !(self.relative_error <= RELATIVE_ERROR_MAX)
+        self.fallback.is_some() || self.relative_error.is_nan() || self.relative_error > RELATIVE_ERROR_MAX
     }
 }
 
@@ -85,7 +85,10 @@ impl CpuClock {
     /// Seconds by operator.
     pub fn seconds(&self) -> BTreeMap<&'static str, f64> {
         let times = self.0.lock().map(|times| times.clone()).unwrap_or_default();
-        times.into_iter().map(|(name, time)| (name, time.as_secs_f64())).collect()
+        times
+            .into_iter()
+            .map(|(name, time)| (name, time.as_secs_f64()))
+            .collect()
     }
 }
 

@@ -32,10 +32,19 @@ fn damaged_checkpoints_are_refused_by_file() {
     let config: (&str, &[u8]) = ("config.json", b"{}");
     refuse(&[], "config.json");
     refuse(&[config], "holds no *.safetensors");
-    refuse(&[("config.json", b"{"), ("model.safetensors", &good)], "not valid JSON");
+    refuse(
+        &[("config.json", b"{"), ("model.safetensors", &good)],
+        "not valid JSON",
+    );
     refuse(&[config, ("model.safetensors", b"")], "empty");
-    refuse(&[config, ("model.safetensors", &good[..good.len() - 1])], "model.safetensors");
-    refuse(&[config, ("model.safetensors", &u64::MAX.to_le_bytes())], "not a valid safetensors");
+    refuse(
+        &[config, ("model.safetensors", &good[..good.len() - 1])],
+        "model.safetensors",
+    );
+    refuse(
+        &[config, ("model.safetensors", &u64::MAX.to_le_bytes())],
+        "not a valid safetensors",
+    );
     for header in [
         r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#,
         r#"{"a":{"dtype":"F32","shape":[18446744073709551615,2],"data_offsets":[0,8]}}"#,
@@ -44,17 +53,51 @@ fn damaged_checkpoints_are_refused_by_file() {
         r#"{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}"#,
         "[]",
     ] {
-        refuse(&[config, ("model.safetensors", &shard(header, 8))], "model.safetensors");
+        refuse(
+            &[config, ("model.safetensors", &shard(header, 8))],
+            "model.safetensors",
+        );
     }
-    refuse(&[config, ("a.safetensors", &good), ("b.safetensors", &good)], "is also in");
+    refuse(
+        &[config, ("a.safetensors", &good), ("b.safetensors", &good)],
+        "is also in",
+    );
     let index = |file: &str| format!(r#"{{"weight_map":{{"a":"{file}"}}}}"#).into_bytes();
-    for file in ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", ""] {
-        refuse(&[config, ("model.safetensors", &good), ("model.safetensors.index.json", &index(file))], "not a .safetensors file");
+    for file in [
+        "../model.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "model.bin",
+        "",
+    ] {
+        refuse(
+            &[
+                config,
+                ("model.safetensors", &good),
+                ("model.safetensors.index.json", &index(file)),
+            ],
+            "not a .safetensors file",
+        );
     }
     let other = br#"{"weight_map":{"b":"model.safetensors"}}"#;
-    refuse(&[config, ("model.safetensors", &good), ("model.safetensors.index.json", other)], "does not hold it");
+    refuse(
+        &[
+            config,
+            ("model.safetensors", &good),
+            ("model.safetensors.index.json", other),
+        ],
+        "does not hold it",
+    );
     let folder = folder_with(&[config, ("model.safetensors", &good)]);
-    assert_eq!(Checkpoint::open(folder.path()).unwrap().tensor("a").unwrap().bytes.len(), 8);
+    assert_eq!(
+        Checkpoint::open(folder.path())
+            .unwrap()
+            .tensor("a")
+            .unwrap()
+            .bytes
+            .len(),
+        8
+    );
 }
 
 proptest! {

@@ -1,6 +1,8 @@
 //! Every family's forward pass against transformers in f32 (fixtures/families/make.py): the output of each decoder layer, of the
 //! final norm, and the logits.
 
+#![allow(clippy::disallowed_methods, clippy::print_stdout)] // damaged copies are the point; figures are worth a look
+
 use crate::families::fixtures;
 use candle_core::{DType, Device, Tensor};
 use quantflow::model::{SiteKind, Tower};

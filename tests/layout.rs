@@ -57,10 +57,17 @@ fn imports_go_one_way() {
         }
         let own = layer(&module).unwrap_or_else(|| panic!("{module} has no layer: add it to LAYERS"));
         for (at, _) in text.match_indices("crate::") {
-            let target: String = text[at + 7..].chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+            let target: String = text[at + 7..]
+                .chars()
+                .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
+                .collect();
             let Some(other) = layer(&target) else { continue };
             seen += 1;
-            assert!(other < own || target == module, "{} imports {target}, which is above it", path.display());
+            assert!(
+                other < own || target == module,
+                "{} imports {target}, which is above it",
+                path.display()
+            );
         }
     }
     assert!(seen > 100, "only {seen} imports were looked at");
@@ -76,10 +83,13 @@ fn numerics_knows_neither_timely_nor_files_and_operators_no_command_line() {
         ("operators", vec!["clap", "indicatif", "println!"]),
     ];
     for (module, path, text) in modules() {
-        let words = forbidden.iter().filter(|(name, _)| *name == module).flat_map(|(_, words)| words);
+        let words = forbidden
+            .iter()
+            .filter(|(name, _)| *name == module)
+            .flat_map(|(_, words)| words);
         for word in words {
-            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-            let found = code.filter(|line| line.contains(word)).next();
+            let mut code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let found = code.find(|line| line.contains(word));
             assert_eq!(found, None, "{} must not know {word}", path.display());
         }
     }
@@ -88,6 +98,10 @@ fn numerics_knows_neither_timely_nor_files_and_operators_no_command_line() {
 #[test]
 fn every_file_says_what_it_owns() {
     for (_, path, text) in modules() {
-        assert!(text.starts_with("//!"), "{} does not begin with //!", path.display());
+        assert!(
+            text.starts_with("//!"),
+            "{} does not begin with //!",
+            path.display()
+        );
     }
 }

@@ -31,7 +31,10 @@ fn job(output: &Path) -> Job {
     Job {
         model: fixture().join("model"),
         output: output.to_owned(),
-        recipe: Recipe { group_size: 64, ..Recipe::default() },
+        recipe: Recipe {
+            group_size: 64,
+            ..Recipe::default()
+        },
         calibration: calibrate(6, 128),
         workers: 2,
         memory: None,
@@ -51,11 +54,26 @@ fn run(job: &Job) -> Result<Summary> {
 fn the_output_is_the_same_for_any_number_of_workers_and_any_order_of_arrival() {
     let folder = tempfile::tempdir().unwrap();
     for recipe in [
-        Recipe { group_size: 64, ..Recipe::default() },
-        Recipe { group_size: 0, bits: 3, symmetric: false, match_original: 0.0, ..Recipe::default() },
+        Recipe {
+            group_size: 64,
+            ..Recipe::default()
+        },
+        Recipe {
+            group_size: 0,
+            bits: 3,
+            symmetric: false,
+            match_original: 0.0,
+            ..Recipe::default()
+        },
     ] {
         let digest = |workers: usize, arrival: Option<Vec<usize>>| {
-            let job = Job { recipe: recipe.clone(), workers, arrival, fresh: true, ..job(&folder.path().join("out")) };
+            let job = Job {
+                recipe: recipe.clone(),
+                workers,
+                arrival,
+                fresh: true,
+                ..job(&folder.path().join("out"))
+            };
             run(&job).unwrap().output_digest
         };
         let batches = calibrate(6, 128).batches.len();
@@ -73,9 +91,17 @@ fn spilled_activations_change_nothing() {
     let resident = run(&job(&folder.path().join("a"))).unwrap();
     let (_, plan) = job(folder.path()).plan().unwrap();
     let fixed = job(folder.path()).predict(&plan).unwrap().0 - job(folder.path()).predict(&plan).unwrap().1;
-    let spilled = run(&Job { memory: Some(fixed), ..job(&folder.path().join("b")) }).unwrap();
+    let spilled = run(&Job {
+        memory: Some(fixed),
+        ..job(&folder.path().join("b"))
+    })
+    .unwrap();
     assert_eq!(resident.output_digest, spilled.output_digest);
-    let error = run(&Job { memory: Some(fixed - 1), ..job(&folder.path().join("c")) }).unwrap_err();
+    let error = run(&Job {
+        memory: Some(fixed - 1),
+        ..job(&folder.path().join("c"))
+    })
+    .unwrap_err();
     assert!(error.hint().unwrap().contains(&fixed.to_string()), "{error}");
 }
 
@@ -88,23 +114,50 @@ fn every_format_and_method_is_verified_and_better_than_nothing() {
         ("gptq-v2", Method::Rtn),
     ] {
         let output = folder.path().join(format);
-        let recipe = Recipe { group_size: 64, format: format.into(), method, ..Recipe::default() };
+        let recipe = Recipe {
+            group_size: 64,
+            format: format.into(),
+            method,
+            ..Recipe::default()
+        };
         // Small shards, so that an index is written and read.
-        let summary = run(&Job { recipe, shard_bytes_max: 2_000_000, ..job(&output) }).unwrap();
+        let summary = run(&Job {
+            recipe,
+            shard_bytes_max: 2_000_000,
+            ..job(&output)
+        })
+        .unwrap();
         assert_eq!(summary.linears, 35);
         let found = verify(&output, &fixture().join("model")).unwrap();
         assert_eq!(found.problems, Vec::<String>::new());
-        assert_eq!((found.quantized, &found.output_digest), (35, &summary.output_digest));
+        assert_eq!(
+            (found.quantized, &found.output_digest),
+            (35, &summary.output_digest)
+        );
         assert!(output.join("model.safetensors.index.json").exists());
         assert!(!output.join(".quantflow").exists());
-        let windows = calibration::read_texts(&fixture().join("data/text_eval.jsonl"), &fixture().join("model"), 128, 2048);
+        let windows = calibration::read_texts(
+            &fixture().join("data/text_eval.jsonl"),
+            &fixture().join("model"),
+            128,
+            2048,
+        );
         let mut windows = windows.unwrap();
         windows.batches.truncate(4);
-        let job = Evaluation { model: output, reference: fixture().join("model"), windows, workers: 2 };
+        let job = Evaluation {
+            model: output,
+            reference: fixture().join("model"),
+            windows,
+            workers: 2,
+        };
         let observer: Arc<dyn Observer> = Arc::new(Silent);
         let scores = evaluate(job, &observer, &Arc::default()).unwrap();
         // Four bits cost this model about 1 % of perplexity; a wrong bit order costs all of it.
-        assert!(scores.kl_mean > 0.0 && scores.kl_mean < 0.05, "{format}: {}", scores.kl_mean);
+        assert!(
+            scores.kl_mean > 0.0 && scores.kl_mean < 0.05,
+            "{format}: {}",
+            scores.kl_mean
+        );
         assert!(scores.top1_agreement > 0.85);
     }
 }
@@ -113,14 +166,27 @@ fn every_format_and_method_is_verified_and_better_than_nothing() {
 fn what_verify_is_for_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out");
-    run(&Job { recipe: Recipe { method: Method::Rtn, group_size: 64, ..Recipe::default() }, ..job(&output) }).unwrap();
+    run(&Job {
+        recipe: Recipe {
+            method: Method::Rtn,
+            group_size: 64,
+            ..Recipe::default()
+        },
+        ..job(&output)
+    })
+    .unwrap();
     let file = output.join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 0x40;
     #[allow(clippy::disallowed_methods)] // damage is the point
     std::fs::write(&file, bytes).unwrap();
-    assert!(!verify(&output, &fixture().join("model")).unwrap().problems.is_empty());
+    assert!(
+        !verify(&output, &fixture().join("model"))
+            .unwrap()
+            .problems
+            .is_empty()
+    );
 }
 
 /// Stops the run after some linears, as Ctrl-C would.
@@ -147,12 +213,27 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
     let output = folder.path().join("parts");
     for linears in [0, 8, 17] {
         let halt = Arc::new(Halt::default());
-        let stop = StopAfter { left: linears.into(), halt: Arc::clone(&halt) };
+        let stop = StopAfter {
+            left: linears.into(),
+            halt: Arc::clone(&halt),
+        };
         let observer: Arc<dyn Observer> = Arc::new(stop);
-        assert!(matches!(quantize(&job(&output), &observer, &halt), Err(Error::Interrupted)));
-        assert!(!output.join("config.json").exists(), "an unfinished output must not load");
+        assert!(matches!(
+            quantize(&job(&output), &observer, &halt),
+            Err(Error::Interrupted)
+        ));
+        assert!(
+            !output.join("config.json").exists(),
+            "an unfinished output must not load"
+        );
     }
-    let other = Job { recipe: Recipe { bits: 8, ..job(&output).recipe }, ..job(&output) };
+    let other = Job {
+        recipe: Recipe {
+            bits: 8,
+            ..job(&output).recipe
+        },
+        ..job(&output)
+    };
     assert!(run(&other).unwrap_err().to_string().contains("another recipe"));
     let rest = run(&job(&output)).unwrap();
     assert!(rest.resumed_blocks >= 2, "{}", rest.resumed_blocks);
@@ -161,15 +242,33 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
     assert!(again.to_string().contains("finished"), "{again}");
 }
 
+fn finished(output: &Path) -> bool {
+    output.join("config.json").exists() && !output.join(".quantflow").exists()
+}
+
 /// `kill -9` at arbitrary moments, then the same command to the end.
 #[test]
 fn a_killed_run_continues_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let command = |output: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantflow"));
-        command.arg("quantize").arg(fixture().join("model")).arg("-o").arg(output);
-        command.arg("--calibration").arg(fixture().join("data/text_calib.jsonl"));
-        command.args(["--samples", "12", "--length", "128", "--group-size", "64", "--json"]);
+        command
+            .arg("quantize")
+            .arg(fixture().join("model"))
+            .arg("-o")
+            .arg(output);
+        command
+            .arg("--calibration")
+            .arg(fixture().join("data/text_calib.jsonl"));
+        command.args([
+            "--samples",
+            "12",
+            "--length",
+            "128",
+            "--group-size",
+            "64",
+            "--json",
+        ]);
         command.stdout(Stdio::piped()).stderr(Stdio::null());
         command
     };
@@ -186,17 +285,24 @@ fn a_killed_run_continues_to_the_same_bytes() {
     // Moments spread over the run by the golden ratio; each attempt begins where the last one got to.
     for attempt in 1..=6u32 {
         let mut child = command(&output).spawn().unwrap();
-        std::thread::sleep(taken.mul_f64((f64::from(attempt) * 0.618) % 1.0).max(Duration::from_millis(5)));
+        std::thread::sleep(
+            taken
+                .mul_f64((f64::from(attempt) * 0.618) % 1.0)
+                .max(Duration::from_millis(5)),
+        );
         child.kill().unwrap();
         child.wait().unwrap();
-        if output.join("config.json").exists() && !output.join(".quantflow").exists() {
+        if finished(&output) {
             break;
         }
     }
-    if !(output.join("config.json").exists() && !output.join(".quantflow").exists()) {
+    if !finished(&output) {
         assert_eq!(digest(&output), whole);
     }
-    assert_eq!(verify(&output, &fixture().join("model")).unwrap().output_digest, whole);
+    assert_eq!(
+        verify(&output, &fixture().join("model")).unwrap().output_digest,
+        whole
+    );
 }
 
 #[test]
@@ -205,8 +311,12 @@ fn bad_input_is_an_error_with_a_way_out() {
     let check = |job: Job, expect: &str, hint: &str| {
         let error = run(&job).unwrap_err();
         assert!(error.to_string().contains(expect), "{error}");
-        assert!(error.hint().unwrap_or_default().contains(hint), "{error}: {:?}", error.hint());
-        assert!(!job.output.join("config.json").exists());
+        assert!(
+            error.hint().unwrap_or_default().contains(hint),
+            "{error}: {:?}",
+            error.hint()
+        );
+        assert!(!job.output.join(".quantflow").exists());
     };
     let fresh = |name: &str| job(&folder.path().join(name));
     let recipe = |change: fn(&mut Recipe)| {
@@ -214,18 +324,61 @@ fn bad_input_is_an_error_with_a_way_out() {
         change(&mut recipe);
         recipe
     };
-    check(Job { recipe: recipe(|r| r.group_size = 96), ..fresh("a") }, "96 does not divide the 256", "64, 128");
-    check(Job { recipe: recipe(|r| r.format = "gguf".into()), ..fresh("b") }, "gguf", "compressed-tensors");
-    check(Job { model: folder.path().join("none"), ..fresh("c") }, "not a directory", "config.json");
-    check(Job { output: fixture().join("model"), ..fresh("d") }, "the checkpoint itself", "another");
-    check(Job { output: fixture().join("data"), ..fresh("e") }, "not an output of quantflow", "empty folder");
+    check(
+        Job {
+            recipe: recipe(|r| r.group_size = 96),
+            ..fresh("a")
+        },
+        "96 does not divide the 256",
+        "64, 128",
+    );
+    check(
+        Job {
+            recipe: recipe(|r| r.format = "gguf".into()),
+            ..fresh("b")
+        },
+        "gguf",
+        "compressed-tensors",
+    );
+    check(
+        Job {
+            model: folder.path().join("none"),
+            ..fresh("c")
+        },
+        "not a directory",
+        "config.json",
+    );
+    check(
+        Job {
+            output: fixture().join("model"),
+            ..fresh("d")
+        },
+        "the checkpoint itself",
+        "another",
+    );
+    check(
+        Job {
+            output: fixture().join("data"),
+            ..fresh("e")
+        },
+        "not an output of quantflow",
+        "empty folder",
+    );
     let fallback = recipe(|r| {
         r.group_size = 96;
         r.group_fallback = true;
         r.method = Method::Rtn;
     });
-    let summary = run(&Job { recipe: fallback, ..fresh("f") }).unwrap();
+    let summary = run(&Job {
+        recipe: fallback,
+        ..fresh("f")
+    })
+    .unwrap();
     assert_eq!(summary.fallbacks, 35);
     let report = std::fs::read_to_string(summary.output.join("quantization_report.jsonl")).unwrap();
-    assert!(report.lines().all(|line| line.contains("group_size 64: 96 does not divide")));
+    assert!(
+        report
+            .lines()
+            .all(|line| line.contains("group_size 64: 96 does not divide"))
+    );
 }

@@ -39,7 +39,11 @@ fn layer(width: usize, rows: usize, tokens: usize, seed: u64) -> Layer {
     let original: Vec<f64> = x.iter().map(|v| v + 0.2 * random()).collect();
     let product = |left: &[f64]| -> Vec<f64> {
         (0..width * width)
-            .map(|k| (0..tokens).map(|t| left[t * width + k / width] * x[t * width + k % width]).sum())
+            .map(|k| {
+                (0..tokens)
+                    .map(|t| left[t * width + k / width] * x[t * width + k % width])
+                    .sum()
+            })
             .collect()
     };
     Layer {
@@ -51,12 +55,22 @@ fn layer(width: usize, rows: usize, tokens: usize, seed: u64) -> Layer {
 }
 
 fn grid(bits: u32, group_size: usize, symmetric: bool) -> Grid {
-    Grid { bits, group_size, symmetric, scale_dtype: ScaleDtype::Bf16 }
+    Grid {
+        bits,
+        group_size,
+        symmetric,
+        scale_dtype: ScaleDtype::Bf16,
+    }
 }
 
 fn errors(layer: &Layer, solved: &SolvedRows) -> Vec<f64> {
     let values = solved.weight.dequantize();
-    layer.weights.iter().zip(values).map(|(&w, q)| f64::from(w) - f64::from(q)).collect()
+    layer
+        .weights
+        .iter()
+        .zip(values)
+        .map(|(&w, q)| f64::from(w) - f64::from(q))
+        .collect()
 }
 
 proptest! {
@@ -142,11 +156,26 @@ proptest! {
 #[test]
 fn gptq_loses_less_than_rounding_and_matching_less_toward_the_original() {
     let layer = layer(128, 32, 500, 7);
-    let factor = Factor::new("test", layer.gram.clone(), Some(layer.cross.clone()), 0.01, ColumnOrder::Static).unwrap();
+    let factor = Factor::new(
+        "test",
+        layer.gram.clone(),
+        Some(layer.cross.clone()),
+        0.01,
+        ColumnOrder::Static,
+    )
+    .unwrap();
     let grid = grid(3, 32, true);
     let loss = |solved: &SolvedRows| reference::loss(&errors(&layer, solved), &factor.hessian, 128);
-    let (rounded, solved) = (round_to_nearest(&layer.weights, 128, grid), gptq(&layer.weights, &factor, grid, PLAIN));
-    assert!(loss(&solved) < 0.7 * loss(&rounded), "{} {}", loss(&solved), loss(&rounded));
+    let (rounded, solved) = (
+        round_to_nearest(&layer.weights, 128, grid),
+        gptq(&layer.weights, &factor, grid, PLAIN),
+    );
+    assert!(
+        loss(&solved) < 0.7 * loss(&rounded),
+        "{} {}",
+        loss(&solved),
+        loss(&rounded)
+    );
 }
 
 #[test]
@@ -161,13 +190,21 @@ fn a_dead_channel_is_rounded_plainly_and_a_singular_hessian_is_damped() {
     let solved = gptq(&layer.weights, &factor, grid(4, 32, true), PLAIN).weight;
     for row in 0..4 {
         let (w, s) = (layer.weights[row * 32 + 5], solved.scales[row]);
-        let plain = (f64::from(w) / f64::from(s) + 8.0).round_ties_even().clamp(0.0, 15.0);
+        let plain = (f64::from(w) / f64::from(s) + 8.0)
+            .round_ties_even()
+            .clamp(0.0, 15.0);
         assert_eq!(f64::from(solved.codes[row * 32 + 5]), plain);
     }
     // Rank one, no damping asked for: retries are counted, and it ends well.
     let rank_one: Vec<f64> = (0..16).map(|k| ((k / 4 + 1) * (k % 4 + 1)) as f64).collect();
     let factor = Factor::new("test", rank_one, None, 0.0, ColumnOrder::None).unwrap();
     assert!(factor.retries > 0 && factor.damp_percent > 0.0);
-    let error = Factor::new("model.layers.3.mlp.down_proj", vec![f64::NAN; 16], None, 0.01, ColumnOrder::None);
+    let error = Factor::new(
+        "model.layers.3.mlp.down_proj",
+        vec![f64::NAN; 16],
+        None,
+        0.01,
+        ColumnOrder::None,
+    );
     assert!(error.unwrap_err().to_string().contains("down_proj"));
 }

@@ -90,8 +90,7 @@ impl OutputLayout {
         let file = self.files[shard].clone();
         let bad = |problem: String| Error::invalid(file.clone(), problem, "");
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata =
-            Metadata::new(Some(format), infos.clone()).map_err(|error| bad(error.to_string()))?;
+        let metadata = Metadata::new(Some(format), infos.clone()).map_err(|error| bad(error.to_string()))?;
         let mut json = serde_json::to_vec(&metadata).map_err(|error| bad(error.to_string()))?;
         json.resize(json.len().next_multiple_of(8), b' ');
         let mut header = (json.len() as u64).to_le_bytes().to_vec();
@@ -134,9 +133,8 @@ impl OutputLayout {
             .map(|(name, at)| (name.as_str(), self.files[at.shard].as_str()))
             .collect();
         let total: usize = self.tensors.values().map(|at| at.spec.byte_len()).sum();
-        (self.files.len() > 1).then(
-            || serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map}),
-        )
+        (self.files.len() > 1)
+            .then(|| serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
     }
 }
 
@@ -194,7 +192,11 @@ impl OutputWriter {
 
     fn placement(&self, name: &str) -> Result<&Placement> {
         self.layout.tensors.get(name).ok_or_else(|| {
-            Error::invalid(name, "is not in the output's layout", "this is a bug in quantflow: please report it")
+            Error::invalid(
+                name,
+                "is not in the output's layout",
+                "this is a bug in quantflow: please report it",
+            )
         })
     }
 

@@ -118,9 +118,8 @@ impl Checkpoint {
         // which every memory-mapped reader accepts (as the safetensors library does).
         let map = unsafe { Mmap::map(&file) }.context("map", path)?;
         // Checks header size, that every tensor's length fits dtype and shape, and that data is without gap or overlap.
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
-            truncated(path, &format!("is not a valid safetensors file ({error})"))
-        })?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| truncated(path, &format!("is not a valid safetensors file ({error})")))?;
         let data = header + 8;
         let shard = self.shards.len();
         for (name, info) in metadata.tensors() {
@@ -134,7 +133,10 @@ impl Checkpoint {
             if info.shape.len() > RANK_MAX || name.is_empty() || name.contains('\0') {
                 return Err(Error::invalid(
                     subject(),
-                    format!("tensor {name:?} has an unusable name or {} dimensions", info.shape.len()),
+                    format!(
+                        "tensor {name:?} has an unusable name or {} dimensions",
+                        info.shape.len()
+                    ),
                     "",
                 ));
             }
@@ -166,7 +168,10 @@ impl Checkpoint {
     fn check_index(&self, path: &Path, index: &BTreeMap<String, String>) -> Result<()> {
         for (name, file) in index {
             let found = self.tensors.get(name).is_some_and(|entry| {
-                self.shards[entry.shard].path.file_name().is_some_and(|have| have == file.as_str())
+                self.shards[entry.shard]
+                    .path
+                    .file_name()
+                    .is_some_and(|have| have == file.as_str())
             });
             if !found {
                 return Err(Error::invalid(
@@ -250,11 +255,7 @@ impl Checkpoint {
         let map = &self.shards[entry.shard].map;
         // SAFETY: the map is a read-only view of a file: dropped pages are read again when touched.
         let _ = unsafe {
-            map.unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                entry.bytes.start,
-                entry.bytes.len(),
-            )
+            map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.bytes.start, entry.bytes.len())
         };
     }
 
@@ -271,10 +272,30 @@ impl Checkpoint {
             let Ok(name) = entry.file_name().into_string() else {
                 continue;
             };
-            let weights = [".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"];
-            let kept = [".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md", ".yaml"];
+            let weights = [
+                ".safetensors",
+                ".index.json",
+                ".bin",
+                ".pt",
+                ".pth",
+                ".gguf",
+                ".h5",
+                ".msgpack",
+                ".onnx",
+            ];
+            let kept = [
+                ".json",
+                ".jinja",
+                ".txt",
+                ".model",
+                ".tiktoken",
+                ".py",
+                ".md",
+                ".yaml",
+            ];
             let plain = entry.path().is_file() && !name.starts_with('.');
-            let licence = name.to_ascii_uppercase().starts_with("LICEN") || name.to_ascii_uppercase() == "NOTICE";
+            let licence =
+                name.to_ascii_uppercase().starts_with("LICEN") || name.eq_ignore_ascii_case("NOTICE");
             if plain
                 && !weights.iter().any(|ending| name.ends_with(ending))
                 && (licence || kept.iter().any(|ending| name.ends_with(ending)))
@@ -344,7 +365,10 @@ fn list_shards(folder: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).context("list", folder)? {
         let name = entry.context("list", folder)?.file_name();
-        if let Some(name) = name.to_str().filter(|name| name.ends_with(".safetensors") && !name.starts_with('.')) {
+        if let Some(name) = name
+            .to_str()
+            .filter(|name| name.ends_with(".safetensors") && !name.starts_with('.'))
+        {
             files.push(name.to_owned());
         }
     }

@@ -58,16 +58,31 @@ pub(super) struct QuantizeArguments {
     #[arg(long, default_value_t = 128, value_name = "N", help_heading = "Calibration")]
     pub samples: usize,
     /// Tokens of a sequence; short documents are packed
-    #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Calibration")]
+    #[arg(
+        long,
+        default_value_t = 2048,
+        value_name = "TOKENS",
+        help_heading = "Calibration"
+    )]
     pub length: usize,
     /// 0: documents in file order; else shuffled with this seed
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Calibration")]
     pub seed: u64,
     /// Exactly these token ids: int32 or int64 [sequences, length]
-    #[arg(long, value_name = "FILE.npy", conflicts_with = "calibration", help_heading = "Calibration")]
+    #[arg(
+        long,
+        value_name = "FILE.npy",
+        conflicts_with = "calibration",
+        help_heading = "Calibration"
+    )]
     pub calibration_tokens: Option<PathBuf>,
     /// w4a16, w8a16, w3a16, w2a16, or a .toml file; flags override it
-    #[arg(long, default_value = "w4a16", value_name = "NAME|FILE", help_heading = "Scheme")]
+    #[arg(
+        long,
+        default_value = "w4a16",
+        value_name = "NAME|FILE",
+        help_heading = "Scheme"
+    )]
     pub recipe: String,
     /// 2, 3, 4 or 8
     #[arg(long, value_name = "N", help_heading = "Scheme")]
@@ -97,7 +112,12 @@ pub(super) struct QuantizeArguments {
     #[arg(long, value_name = "METHOD", help_heading = "Scheme")]
     pub method: Option<MethodName>,
     /// Where calibration activations come from: the model with earlier blocks already quantized
-    #[arg(long, default_value = "sequential", value_name = "MODE", help_heading = "Scheme")]
+    #[arg(
+        long,
+        default_value = "sequential",
+        value_name = "MODE",
+        help_heading = "Scheme"
+    )]
     pub activations: Activations,
     /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
     #[arg(long, value_name = "F", help_heading = "Scheme")]
@@ -118,7 +138,12 @@ pub(super) struct QuantizeArguments {
     #[arg(long, value_name = "DIR", help_heading = "Resources")]
     pub scratch: Option<PathBuf>,
     /// auto and cpu are the same in this build
-    #[arg(long, default_value = "auto", value_name = "DEVICE", help_heading = "Resources")]
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "DEVICE",
+        help_heading = "Resources"
+    )]
     pub device: String,
     /// Worker threads; default: one a core. Any number gives the same bytes
     #[arg(long, value_name = "N", help_heading = "Resources")]
@@ -272,14 +297,21 @@ pub(super) fn workers(flag: Option<usize>) -> Result<usize> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     match flag.unwrap_or_else(cores) {
         workers @ 1..=256 => Ok(workers),
-        other => Err(Error::usage("--workers", format!("{other} is not between 1 and 256"), "")),
+        other => Err(Error::usage(
+            "--workers",
+            format!("{other} is not between 1 and 256"),
+            "",
+        )),
     }
 }
 
 /// `5GB`, `512MiB`, `1000000`
 fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim();
-    let unit: u64 = match text[text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len()..].to_ascii_lowercase().as_str() {
+    let unit: u64 = match text[text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len()..]
+        .to_ascii_lowercase()
+        .as_str()
+    {
         "" | "b" => 1,
         "k" | "kb" => 1_000,
         "m" | "mb" => 1_000_000,
@@ -291,7 +323,13 @@ fn bytes(text: &str) -> Result<u64, String> {
         "tib" => 1 << 40,
         other => return Err(format!("{other} is not a unit: use KB, MB, GB, KiB, MiB, GiB")),
     };
-    let number: f64 = digits.parse().map_err(|_| format!("{text} is not a number of bytes: try 2GiB"))?;
+    let number: f64 = digits
+        .parse()
+        .map_err(|_| format!("{text} is not a number of bytes: try 2GiB"))?;
     let value = number * unit as f64;
-    if (1.0..1e18).contains(&value) { Ok(value as u64) } else { Err(format!("{text} is out of range")) }
+    if (1.0..1e18).contains(&value) {
+        Ok(value as u64)
+    } else {
+        Err(format!("{text} is out of range"))
+    }
 }

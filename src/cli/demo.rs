@@ -28,7 +28,10 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
     }
     let temporary = tempfile::tempdir().context("create a folder in", &std::env::temp_dir())?;
     let output = |name: &str| -> PathBuf {
-        arguments.output.clone().map_or_else(|| temporary.path().join(name), |output| output.join(name))
+        arguments
+            .output
+            .clone()
+            .map_or_else(|| temporary.path().join(name), |output| output.join(name))
     };
     let vocab_size = super::quantize::vocab_size(&model)?;
     let source = Source {
@@ -44,7 +47,12 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
         let job = Job {
             model: model.clone(),
             output: output(name),
-            recipe: Recipe { bits: arguments.bits, group_size: 64, method, ..Recipe::default() },
+            recipe: Recipe {
+                bits: arguments.bits,
+                group_size: 64,
+                method,
+                ..Recipe::default()
+            },
             calibration: calibration.clone(),
             workers: workers(None)?,
             memory: None,
@@ -55,12 +63,22 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
         };
         let observer = progress::observer(false);
         let summary = quantize(&job, &observer, halt)?;
-        let windows = calibration::read_texts(&folder.join("data/text_eval.jsonl"), &model, LENGTH, vocab_size)?;
-        let evaluation = Evaluation { model: job.output.clone(), reference: model.clone(), windows, workers: job.workers };
+        let windows =
+            calibration::read_texts(&folder.join("data/text_eval.jsonl"), &model, LENGTH, vocab_size)?;
+        let evaluation = Evaluation {
+            model: job.output.clone(),
+            reference: model.clone(),
+            windows,
+            workers: job.workers,
+        };
         let scores = evaluate(evaluation, &observer, halt)?;
         table.push(format!(
             "{name:<18} {:>9} {:>11.3} {:>9.4} {:>8.2} % {:>9}",
-            bytes(summary.output_bytes), scores.perplexity, scores.kl_mean, scores.top1_agreement * 100.0, seconds(summary.elapsed_seconds)
+            bytes(summary.output_bytes),
+            scores.perplexity,
+            scores.kl_mean,
+            scores.top1_agreement * 100.0,
+            seconds(summary.elapsed_seconds)
         ));
         shown.push((name, summary, scores));
     }
@@ -70,10 +88,27 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
         return Ok(Outcome::Fine);
     }
     let (_, summary, scores) = &shown[0];
-    println!("\ntiny Qwen3-VL, {}-bit text tower, vision tower untouched, calibrated with {} tokens of text\n", arguments.bits, calibration.usage.tokens_used);
-    println!("{:<18} {:>9} {:>11} {:>9} {:>10} {:>9}", "", "size", "perplexity", "mean KL", "top-1", "time");
-    println!("{:<18} {:>9} {:>11.3} {:>9} {:>10} {:>9}", "original", bytes(summary.source_bytes), scores.reference_perplexity, "0", "100.00 %", "");
+    println!(
+        "\ntiny Qwen3-VL, {}-bit text tower, vision tower untouched, calibrated with {} tokens of text\n",
+        arguments.bits, calibration.usage.tokens_used
+    );
+    println!(
+        "{:<18} {:>9} {:>11} {:>9} {:>10} {:>9}",
+        "", "size", "perplexity", "mean KL", "top-1", "time"
+    );
+    println!(
+        "{:<18} {:>9} {:>11.3} {:>9} {:>10} {:>9}",
+        "original",
+        bytes(summary.source_bytes),
+        scores.reference_perplexity,
+        "0",
+        "100.00 %",
+        ""
+    );
     table.iter().for_each(|line| println!("{line}"));
-    println!("\non {} held-out positions. Next: quantflow quantize MODEL -o OUT --calibration TEXT.jsonl", scores.tokens);
+    println!(
+        "\non {} held-out positions. Next: quantflow quantize MODEL -o OUT --calibration TEXT.jsonl",
+        scores.tokens
+    );
     Ok(Outcome::Fine)
 }

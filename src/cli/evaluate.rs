@@ -14,12 +14,18 @@ pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Out
     let vocab_size = vocab_size(&arguments.reference)?;
     let mut windows = match (&arguments.tokens, &arguments.text) {
         (Some(file), _) => calibration::from_npy(file, vocab_size)?,
-        (None, Some(file)) => calibration::read_texts(file, &arguments.reference, arguments.length, vocab_size)?,
+        (None, Some(file)) => {
+            calibration::read_texts(file, &arguments.reference, arguments.length, vocab_size)?
+        }
         (None, None) => unreachable!("clap requires one of them"),
     };
     if let Some(count) = arguments.windows {
         let length = windows.batches.first().map_or(1, |batch| batch.length);
-        let mut tokens: Vec<u32> = windows.batches.iter().flat_map(|batch| batch.tokens.iter().copied()).collect();
+        let mut tokens: Vec<u32> = windows
+            .batches
+            .iter()
+            .flat_map(|batch| batch.tokens.iter().copied())
+            .collect();
         tokens.truncate(count * length);
         windows.batches = calibration::batches(&tokens, length);
     }
@@ -34,13 +40,24 @@ pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Out
         print_json(&scores)?;
         return Ok(Outcome::Fine);
     }
-    let error = scores.kl_standard_error.map(|e| format!(" ± {e:.4}")).unwrap_or_default();
+    let error = scores
+        .kl_standard_error
+        .map(|e| format!(" ± {e:.4}"))
+        .unwrap_or_default();
     println!("                  {:>10} {:>10}", "original", "quantized");
-    println!("perplexity        {:>10.3} {:>10.3}", scores.reference_perplexity, scores.perplexity);
+    println!(
+        "perplexity        {:>10.3} {:>10.3}",
+        scores.reference_perplexity, scores.perplexity
+    );
     println!("mean KL           {:>21.4}{error}", scores.kl_mean);
     println!("99th percentile   {:>21.4}", scores.kl_p99);
     println!("top-1 agreement   {:>20.2} %", scores.top1_agreement * 100.0);
-    println!("on {} positions, in {}, {} peak", scores.tokens, seconds(scores.elapsed_seconds), bytes(scores.peak_host_bytes));
+    println!(
+        "on {} positions, in {}, {} peak",
+        scores.tokens,
+        seconds(scores.elapsed_seconds),
+        bytes(scores.peak_host_bytes)
+    );
     Ok(Outcome::Fine)
 }
 

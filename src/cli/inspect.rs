@@ -14,21 +14,34 @@ pub(super) fn verify(arguments: &VerifyArguments) -> Result<Outcome> {
     if arguments.json {
         print_json(&report)?;
     } else {
-        println!("{} tensors copied byte for byte, {} linears unpack to valid codes", report.copied, report.quantized);
+        println!(
+            "{} tensors copied byte for byte, {} linears unpack to valid codes",
+            report.copied, report.quantized
+        );
         println!("output digest {}", report.output_digest);
-        report.problems.iter().for_each(|problem| println!("PROBLEM: {problem}"));
+        report
+            .problems
+            .iter()
+            .for_each(|problem| println!("PROBLEM: {problem}"));
         if report.problems.is_empty() {
             println!("all checks hold");
         }
     }
-    Ok(if report.problems.is_empty() { Outcome::Fine } else { Outcome::Warnings })
+    Ok(if report.problems.is_empty() {
+        Outcome::Fine
+    } else {
+        Outcome::Warnings
+    })
 }
 
 pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
     let work = arguments.path.join(WORK_FOLDER);
     if work.is_dir() && !arguments.path.join("config.json").exists() {
         let done = crate::ledger::Ledger::peek(&work.join("ledger"))?;
-        let blocks = done.iter().filter(|record| matches!(record, crate::ledger::Record::Block { .. })).count();
+        let blocks = done
+            .iter()
+            .filter(|record| matches!(record, crate::ledger::Record::Block { .. }))
+            .count();
         if arguments.json {
             print_json(&serde_json::json!({"kind": "unfinished run", "blocks_done": blocks}))?;
         } else {
@@ -39,7 +52,9 @@ pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
     let checkpoint = Checkpoint::open(&arguments.path)?;
     let spec = families::parse(checkpoint.config())?;
     let quantization = checkpoint.config().get("quantization_config");
-    let method = quantization.and_then(|q| q.get("quant_method")).and_then(|m| m.as_str());
+    let method = quantization
+        .and_then(|q| q.get("quant_method"))
+        .and_then(|m| m.as_str());
     let tensors = checkpoint.names().count();
     if arguments.json {
         print_json(&serde_json::json!({
@@ -48,8 +63,18 @@ pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
             "bytes": checkpoint.byte_len(), "quantization": method,
         }))?;
     } else {
-        println!("{}: {} blocks of width {}, vocabulary {}", spec.architecture, spec.layers.len(), spec.hidden_size, spec.vocab_size);
-        println!("{tensors} tensors, {}, {}", bytes(checkpoint.byte_len()), method.unwrap_or("not quantized"));
+        println!(
+            "{}: {} blocks of width {}, vocabulary {}",
+            spec.architecture,
+            spec.layers.len(),
+            spec.hidden_size,
+            spec.vocab_size
+        );
+        println!(
+            "{tensors} tensors, {}, {}",
+            bytes(checkpoint.byte_len()),
+            method.unwrap_or("not quantized")
+        );
     }
     Ok(Outcome::Fine)
 }

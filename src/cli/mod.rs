@@ -39,7 +39,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(cli) {
         Ok(Outcome::Fine) => ExitCode::SUCCESS,
         Ok(Outcome::Warnings) => ExitCode::from(EXIT_WARNINGS),
@@ -48,7 +51,11 @@ pub fn main() -> ExitCode {
             if let Some(hint) = error.hint() {
                 eprintln!("\nhint: {hint}");
             }
-            ExitCode::from(if matches!(error, Error::Usage { .. }) { 2 } else { 1 })
+            ExitCode::from(if matches!(error, Error::Usage { .. }) {
+                2
+            } else {
+                1
+            })
         }
     }
 }
@@ -81,6 +88,9 @@ fn run(cli: Cli) -> Result<Outcome> {
 /// A result as one JSON object on stdout.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value);
-    println!("{}", text.map_err(|error| Error::invalid("report", error.to_string(), ""))?);
+    println!(
+        "{}",
+        text.map_err(|error| Error::invalid("report", error.to_string(), ""))?
+    );
     Ok(())
 }

@@ -23,7 +23,9 @@ pub(super) fn observer(rows: bool) -> Arc<dyn Observer> {
     if terminal {
         bar.set_draw_target(ProgressDrawTarget::stderr());
     }
-    if let Ok(style) = ProgressStyle::with_template("{msg:>9} {wide_bar} {percent:>3}%  {elapsed_precise}, {eta} left") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{msg:>9} {wide_bar} {percent:>3}%  {elapsed_precise}, {eta} left")
+    {
         bar.set_style(style);
     }
     Arc::new(Progress {
@@ -67,15 +69,27 @@ impl Observer for Progress {
         {
             last.0 = Instant::now();
             let (done, all) = (self.bar.position(), self.bar.length().unwrap_or(0).max(1));
-            eprintln!("{}: {} %, about {} s left", last.1, done * 100 / all, self.bar.eta().as_secs());
+            eprintln!(
+                "{}: {} %, about {} s left",
+                last.1,
+                done * 100 / all,
+                self.bar.eta().as_secs()
+            );
         }
     }
 
     fn linear(&self, row: &Row) {
         tracing::info!(name = row.name, error = row.relative_error, "quantized");
         if self.rows || row.is_warning() {
-            let fallback = row.fallback.as_ref().map(|text| format!("  [{text}]")).unwrap_or_default();
-            self.line(&format!("{:<48} {:<18} error {:.2e}{fallback}", row.name, row.scheme, row.relative_error));
+            let fallback = row
+                .fallback
+                .as_ref()
+                .map(|text| format!("  [{text}]"))
+                .unwrap_or_default();
+            self.line(&format!(
+                "{:<48} {:<18} error {:.2e}{fallback}",
+                row.name, row.scheme, row.relative_error
+            ));
         }
     }
 

@@ -15,7 +15,11 @@ use std::sync::Arc;
 
 pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     if arguments.output.is_none() {
-        return Err(Error::usage("--output", "is missing", "say where the quantized checkpoint goes: -o OUT"));
+        return Err(Error::usage(
+            "--output",
+            "is missing",
+            "say where the quantized checkpoint goes: -o OUT",
+        ));
     }
     let job = job(arguments)?;
     for note in &job.calibration.usage.notes {
@@ -27,14 +31,22 @@ pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Out
     } else {
         print_summary(arguments, &job, &summary);
     }
-    Ok(if summary.fallbacks > 0 && !arguments.no_strict { Outcome::Warnings } else { Outcome::Fine })
+    Ok(if summary.fallbacks > 0 && !arguments.no_strict {
+        Outcome::Warnings
+    } else {
+        Outcome::Fine
+    })
 }
 
 pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
     let job = job(arguments)?;
     let (tower, plan) = job.plan()?;
     let (peak, resident) = job.predict(&plan)?;
-    let quantized: Vec<_> = plan.linears.iter().filter(|linear| linear.grid.is_some()).collect();
+    let quantized: Vec<_> = plan
+        .linears
+        .iter()
+        .filter(|linear| linear.grid.is_some())
+        .collect();
     let output: u64 = plan.output.iter().map(|spec| spec.byte_len() as u64).sum();
     if arguments.json {
         let linears: Vec<_> = quantized
@@ -48,14 +60,37 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         }))?;
         return Ok(Outcome::Fine);
     }
-    println!("{}: {} blocks, {} linears to quantize", tower.spec.architecture, plan.blocks(), quantized.len());
+    println!(
+        "{}: {} blocks, {} linears to quantize",
+        tower.spec.architecture,
+        plan.blocks(),
+        quantized.len()
+    );
     for linear in quantized.iter().take_while(|linear| linear.block == 0) {
-        println!("  {:<44} {:>6} x {:<6} {}", linear.name, linear.rows, linear.columns, linear.scheme());
+        println!(
+            "  {:<44} {:>6} x {:<6} {}",
+            linear.name,
+            linear.rows,
+            linear.columns,
+            linear.scheme()
+        );
     }
-    println!("  … the same in every block; {} tensors are copied as they are", plan.copied.len());
+    println!(
+        "  … the same in every block; {} tensors are copied as they are",
+        plan.copied.len()
+    );
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
-    println!("peak memory   {} predicted, with {} workers", bytes(peak), job.workers);
-    println!("output        {} ({} now), {}", bytes(output), bytes(tower.checkpoint.byte_len()), plan.format.name());
+    println!(
+        "peak memory   {} predicted, with {} workers",
+        bytes(peak),
+        job.workers
+    );
+    println!(
+        "output        {} ({} now), {}",
+        bytes(output),
+        bytes(tower.checkpoint.byte_len()),
+        plan.format.name()
+    );
     Ok(Outcome::Fine)
 }
 
@@ -63,7 +98,10 @@ fn job(arguments: &QuantizeArguments) -> Result<Job> {
     let recipe = arguments.resolve()?;
     let calibration = match recipe.method {
         Method::Gptq => calibrate(arguments)?,
-        Method::Rtn => Calibration { batches: Vec::new(), usage: Default::default() },
+        Method::Rtn => Calibration {
+            batches: Vec::new(),
+            usage: Default::default(),
+        },
     };
     Ok(Job {
         model: arguments.model.clone(),
@@ -109,22 +147,53 @@ pub(super) fn vocab_size(model: &Path) -> Result<usize> {
 
 fn print_summary(arguments: &QuantizeArguments, job: &Job, s: &Summary) {
     let usage = &s.calibration;
-    println!("\nquantized {} linears of {}", s.linears, arguments.model.display());
+    println!(
+        "\nquantized {} linears of {}",
+        s.linears,
+        arguments.model.display()
+    );
     if s.calibration_tokens > 0 {
-        println!("  calibration  {} tokens from {} of {} documents", usage.tokens_used, usage.documents_used, usage.documents_found);
+        println!(
+            "  calibration  {} tokens from {} of {} documents",
+            usage.tokens_used, usage.documents_used, usage.documents_found
+        );
         for (reason, count) in &usage.left_out {
             println!("               left out: {count} × {reason}");
         }
     }
-    println!("  quality      mean output error {:.3} %; measure it: quantflow evaluate", s.relative_error_mean * 100.0);
+    println!(
+        "  quality      mean output error {:.3} %; measure it: quantflow evaluate",
+        s.relative_error_mean * 100.0
+    );
     let ratio = s.source_bytes as f64 / s.output_bytes.max(1) as f64;
-    println!("  size         {} → {} ({ratio:.1} times smaller), {}", bytes(s.source_bytes), bytes(s.output_bytes), s.format);
-    println!("  time         {} ({} of CPU)", seconds(s.elapsed_seconds), seconds(s.cpu_seconds));
-    println!("  peak memory  {} ({} planned)", bytes(s.peak_host_bytes), bytes(s.plan_peak_host_bytes));
+    println!(
+        "  size         {} → {} ({ratio:.1} times smaller), {}",
+        bytes(s.source_bytes),
+        bytes(s.output_bytes),
+        s.format
+    );
+    println!(
+        "  time         {} ({} of CPU)",
+        seconds(s.elapsed_seconds),
+        seconds(s.cpu_seconds)
+    );
+    println!(
+        "  peak memory  {} ({} planned)",
+        bytes(s.peak_host_bytes),
+        bytes(s.plan_peak_host_bytes)
+    );
     if s.fallbacks > 0 {
-        println!("  warnings     {} linears: see {}", s.fallbacks, job.output.join("quantization_report.jsonl").display());
+        println!(
+            "  warnings     {} linears: see {}",
+            s.fallbacks,
+            job.output.join("quantization_report.jsonl").display()
+        );
     }
     println!("  output       {}", s.output.display());
-    println!("\nnext:  quantflow evaluate {} --reference {} --text FILE", s.output.display(), arguments.model.display());
+    println!(
+        "\nnext:  quantflow evaluate {} --reference {} --text FILE",
+        s.output.display(),
+        arguments.model.display()
+    );
     println!("serve: vllm serve {}", s.output.display());
 }

@@ -113,7 +113,12 @@ pub fn by_name(name: &str) -> Result<Box<dyn Format>> {
 /// # Errors
 /// A method or layout that cannot be read.
 pub fn detect(config: &serde_json::Value) -> Result<Box<dyn Format>> {
-    let text = |key: &str| config.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+    let text = |key: &str| {
+        config
+            .get(key)
+            .and_then(|value| value.as_str())
+            .unwrap_or_default()
+    };
     match (text("quant_method"), text("checkpoint_format")) {
         ("compressed-tensors", _) => Ok(Box::new(CompressedTensors)),
         ("gptq", "gptq" | "") => Ok(Box::new(Gptq::V1)),

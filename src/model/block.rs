@@ -195,7 +195,10 @@ impl Block {
             [fused] => {
                 let y = fused.forward(x)?;
                 let inner = self.spec.intermediate_size;
-                (y.narrow(1, 0, inner)?.contiguous()?, y.narrow(1, inner, inner)?.contiguous()?)
+                (
+                    y.narrow(1, 0, inner)?.contiguous()?,
+                    y.narrow(1, inner, inner)?.contiguous()?,
+                )
             }
             [gate, up] => (gate.forward(x)?, up.forward(x)?),
             other => candle_core::bail!("an MLP takes 1 or 2 linears before down, not {}", other.len()),
@@ -209,7 +212,13 @@ impl Block {
         self.join(residual, x, linears, norm)
     }
 
-    fn join(&self, residual: &Tensor, x: &Tensor, linears: &[Linear], norm: Option<&Tensor>) -> Result<Tensor> {
+    fn join(
+        &self,
+        residual: &Tensor,
+        x: &Tensor,
+        linears: &[Linear],
+        norm: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let [linear] = linears else {
             candle_core::bail!("an output projection is one linear, not {}", linears.len());
         };

@@ -23,7 +23,13 @@ impl CustomOp2 for Gated {
         "gated"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let mut gate = contiguous(s1, l1)?.to_vec();
         let up = contiguous(s2, l2)?;
         match self.0 {

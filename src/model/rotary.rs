@@ -38,6 +38,9 @@ impl Rotary {
         }
         let turned = x.narrow(D::Minus1, 0, self.rotary_dim)?.contiguous()?;
         let kept = x.narrow(D::Minus1, self.rotary_dim, head_dim - self.rotary_dim)?;
-        Tensor::cat(&[&candle_nn::rotary_emb::rope_thd(&turned, &cos, &sin)?, &kept], D::Minus1)
+        Tensor::cat(
+            &[&candle_nn::rotary_emb::rope_thd(&turned, &cos, &sin)?, &kept],
+            D::Minus1,
+        )
     }
 }

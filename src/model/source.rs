@@ -33,7 +33,11 @@ impl Source {
     /// The codes of a linear by its full module name, or `None` where its weight is plain.
     pub fn quantized_weight(&self, name: &str) -> Result<Option<QuantizedWeight>> {
         let checkpoint = &self.tower.checkpoint;
-        let Some((format, config)) = self.quantized.as_ref().filter(|_| !checkpoint.contains(&format!("{name}.weight"))) else {
+        let Some((format, config)) = self
+            .quantized
+            .as_ref()
+            .filter(|_| !checkpoint.contains(&format!("{name}.weight")))
+        else {
             return Ok(None);
         };
         let read = |name: &str| {
@@ -51,10 +55,12 @@ impl Source {
         let specs = tower.spec.block.linears(site);
         specs
             .iter()
-            .map(|spec| match self.quantized_weight(&tower.linear_name(block, spec))? {
-                None => tower.linear(block, spec),
-                Some(weight) => tower.quantized_linear(block, spec, &weight),
-            })
+            .map(
+                |spec| match self.quantized_weight(&tower.linear_name(block, spec))? {
+                    None => tower.linear(block, spec),
+                    Some(weight) => tower.quantized_linear(block, spec, &weight),
+                },
+            )
             .collect()
     }
 }

@@ -33,9 +33,14 @@ impl Tower {
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let spec = families::parse(checkpoint.config())?;
-        let embedding = |names: &&TowerNames| checkpoint.contains(&format!("{}embed_tokens.weight", names.tower));
+        let embedding =
+            |names: &&TowerNames| checkpoint.contains(&format!("{}embed_tokens.weight", names.tower));
         let names = spec.names.iter().find(embedding).cloned().ok_or_else(|| {
-            let tried: Vec<_> = spec.names.iter().map(|names| format!("{}embed_tokens.weight", names.tower)).collect();
+            let tried: Vec<_> = spec
+                .names
+                .iter()
+                .map(|names| format!("{}embed_tokens.weight", names.tower))
+                .collect();
             Error::invalid(
                 folder.display().to_string(),
                 format!("has none of {}", tried.join(", ")),
@@ -61,7 +66,11 @@ impl Tower {
         self.expect(&format!("{}norm.weight", self.names.tower), &[hidden])?;
         for block in 0..self.blocks() {
             for name in self.norm_names() {
-                let width = if name.starts_with("self_attn") { self.spec.block.head_dim } else { hidden };
+                let width = if name.starts_with("self_attn") {
+                    self.spec.block.head_dim
+                } else {
+                    hidden
+                };
                 self.expect(&format!("{}{name}", self.block_prefix(block)), &[width])?;
             }
         }
@@ -117,7 +126,9 @@ impl Tower {
     /// Element type of the linears' weights: that of the first block's first norm, which no source quantizes.
     pub fn weight_dtype(&self) -> Dtype {
         let name = format!("{}input_layernorm.weight", self.block_prefix(0));
-        self.checkpoint.get(&name).map_or(Dtype::BF16, |tensor| tensor.dtype)
+        self.checkpoint
+            .get(&name)
+            .map_or(Dtype::BF16, |tensor| tensor.dtype)
     }
 
     /// Rows of the embedding for `tokens`, scaled as the family wants: `[tokens, hidden]`.
@@ -140,7 +151,14 @@ impl Tower {
             })?;
             rows.extend_from_slice(row);
         }
-        let rows = widen(&TensorView { bytes: &rows, shape: &[tokens.len(), self.spec.hidden_size], ..table }, &self.device)?;
+        let rows = widen(
+            &TensorView {
+                bytes: &rows,
+                shape: &[tokens.len(), self.spec.hidden_size],
+                ..table
+            },
+            &self.device,
+        )?;
         match self.spec.embedding_scale {
             Some(scale) => Ok((rows * f64::from(scale))?),
             None => Ok(rows),
@@ -162,13 +180,20 @@ impl Tower {
     /// A vector in f32 that every norm of the family means by this tensor.
     fn load_norm(&self, name: &str) -> Result<Tensor> {
         let weight = self.load(name)?;
-        if self.spec.block.norm.unit_offset { Ok((weight + 1.0)?) } else { Ok(weight) }
+        if self.spec.block.norm.unit_offset {
+            Ok((weight + 1.0)?)
+        } else {
+            Ok(weight)
+        }
     }
 
     fn norm_names(&self) -> Vec<&'static str> {
         let mut names = vec!["input_layernorm.weight", "post_attention_layernorm.weight"];
         if self.spec.block.sandwich_norms {
-            names.extend(["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"]);
+            names.extend([
+                "pre_feedforward_layernorm.weight",
+                "post_feedforward_layernorm.weight",
+            ]);
         }
         if self.spec.block.qk_norm {
             names.extend(["self_attn.q_norm.weight", "self_attn.k_norm.weight"]);
@@ -178,8 +203,15 @@ impl Tower {
 
     /// Rotary tables for sequences of `length` tokens, one for each of [`BlockSpec::ropes`].
     pub fn rotary(&self, length: usize) -> Result<Vec<Arc<Rotary>>> {
-        let tables = self.spec.block.ropes.iter().map(|rope| Rotary::new(rope, length, &self.device));
-        Ok(tables.map(|table| table.map(Arc::new)).collect::<Result<_, _>>()?)
+        let tables = self
+            .spec
+            .block
+            .ropes
+            .iter()
+            .map(|rope| Rotary::new(rope, length, &self.device));
+        Ok(tables
+            .map(|table| table.map(Arc::new))
+            .collect::<Result<_, _>>()?)
     }
 
     /// A block's norms and options, without its linears.
@@ -190,17 +222,27 @@ impl Tower {
             true => Ok::<_, Error>(Some((norm(first)?, norm(second)?))),
             false => Ok(None),
         };
-        let mlp = if spec.sandwich_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let mlp = if spec.sandwich_norms {
+            "pre_feedforward_layernorm"
+        } else {
+            "post_attention_layernorm"
+        };
         Ok(Block {
             norms: Norms {
                 input: norm("input_layernorm")?,
                 mlp: norm(mlp)?,
-                outputs: pair(spec.sandwich_norms, "post_attention_layernorm", "post_feedforward_layernorm")?,
+                outputs: pair(
+                    spec.sandwich_norms,
+                    "post_attention_layernorm",
+                    "post_feedforward_layernorm",
+                )?,
                 query_key: pair(spec.qk_norm, "self_attn.q_norm", "self_attn.k_norm")?,
             },
             spec: Arc::clone(&self.block_spec),
             layer: self.spec.layers[block],
-            rotary: self.spec.layers[block].rope.map(|index| Arc::clone(&rotary[index])),
+            rotary: self.spec.layers[block]
+                .rope
+                .map(|index| Arc::clone(&rotary[index])),
         })
     }
 
@@ -228,12 +270,20 @@ impl Tower {
     ///
     /// # Errors
     /// The weight has another shape than config.json asks for.
-    pub fn quantized_linear(&self, block: usize, linear: &LinearSpec, weight: &QuantizedWeight) -> Result<Linear> {
+    pub fn quantized_linear(
+        &self,
+        block: usize,
+        linear: &LinearSpec,
+        weight: &QuantizedWeight,
+    ) -> Result<Linear> {
         let shape = (weight.rows, weight.columns);
         if shape != (linear.rows, linear.columns) {
             return Err(Error::invalid(
                 self.linear_name(block, linear),
-                format!("has shape {shape:?}, config.json asks for {:?}", (linear.rows, linear.columns)),
+                format!(
+                    "has shape {shape:?}, config.json asks for {:?}",
+                    (linear.rows, linear.columns)
+                ),
                 "config.json and weights are of different models",
             ));
         }

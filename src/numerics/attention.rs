@@ -32,7 +32,13 @@ pub struct AttentionShape {
 /// # Panics
 /// The slices do not have these shapes.
 pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<f32> {
-    let AttentionShape { length, heads, kv_heads, head_dim, .. } = shape;
+    let AttentionShape {
+        length,
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
     let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
     let tokens = q.len() / q_width;
     assert!(tokens.is_multiple_of(length) && heads.is_multiple_of(kv_heads));
@@ -44,7 +50,9 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<
             let kv_column = head / (heads / kv_heads) * head_dim;
             for begin in (0..length).step_by(QUERY_BLOCK) {
                 let rows = QUERY_BLOCK.min(length - begin);
-                let low = shape.window.map_or(0, |window| (begin + 1).saturating_sub(window));
+                let low = shape
+                    .window
+                    .map_or(0, |window| (begin + 1).saturating_sub(window));
                 let keys = begin + rows - low;
                 let at = (first + begin) * q_width + head * head_dim;
                 let kv_at = (first + low) * kv_width + kv_column;
@@ -57,7 +65,10 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<
                 );
                 for (i, row) in scores[..rows * keys].chunks_exact_mut(keys).enumerate() {
                     let query = begin + i;
-                    let seen_from = shape.window.map_or(0, |window| (query + 1).saturating_sub(window)) - low;
+                    let seen_from = shape
+                        .window
+                        .map_or(0, |window| (query + 1).saturating_sub(window))
+                        - low;
                     let seen_to = query + 1 - low;
                     softmax(&mut row[seen_from..seen_to], shape.scale, shape.softcap);
                     row[..seen_from].fill(0.0);
@@ -89,15 +100,22 @@ mod tests {
             let (start, query) = (row / s.length * s.length, row % s.length);
             for h in 0..s.heads {
                 let kv = h / (s.heads / s.kv_heads);
-                let seen: Vec<usize> = (0..=query).filter(|key| s.window.is_none_or(|w| query - key < w)).collect();
+                let seen: Vec<usize> = (0..=query)
+                    .filter(|key| s.window.is_none_or(|w| query - key < w))
+                    .collect();
                 let weights: Vec<f64> = seen
                     .iter()
                     .map(|key| {
                         let dot: f64 = (0..s.head_dim)
-                            .map(|d| f64::from(q[row * q_width + h * s.head_dim + d]) * f64::from(k[(start + key) * kv_width + kv * s.head_dim + d]))
+                            .map(|d| {
+                                f64::from(q[row * q_width + h * s.head_dim + d])
+                                    * f64::from(k[(start + key) * kv_width + kv * s.head_dim + d])
+                            })
                             .sum();
                         let score = dot * f64::from(s.scale);
-                        s.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp()
+                        s.softcap
+                            .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                            .exp()
                     })
                     .collect();
                 let total: f64 = weights.iter().sum();
@@ -105,7 +123,9 @@ mod tests {
                     out[row * q_width + h * s.head_dim + d] = seen
                         .iter()
                         .zip(&weights)
-                        .map(|(key, w)| w / total * f64::from(v[(start + key) * kv_width + kv * s.head_dim + d]))
+                        .map(|(key, w)| {
+                            w / total * f64::from(v[(start + key) * kv_width + kv * s.head_dim + d])
+                        })
                         .sum();
                 }
             }

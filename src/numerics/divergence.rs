@@ -53,7 +53,10 @@ pub fn compare(reference: &[f32], model: &[f32], target: usize) -> Divergence {
 
 fn top(logits: &[f32]) -> (usize, f32) {
     let first = (0, f32::NEG_INFINITY);
-    logits.iter().enumerate().fold(first, |best, (i, &v)| if v > best.1 { (i, v) } else { best })
+    logits
+        .iter()
+        .enumerate()
+        .fold(first, |best, (i, &v)| if v > best.1 { (i, v) } else { best })
 }
 
 #[cfg(test)]
@@ -63,7 +66,9 @@ mod tests {
     #[test]
     fn matches_the_definition() {
         let logits = |seed: u32| -> Vec<f32> {
-            (0..1003u32).map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed * 97)) % 1000) as f32 / 90.0).collect()
+            (0..1003u32)
+                .map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed * 97)) % 1000) as f32 / 90.0)
+                .collect()
         };
         for seed in 0..20 {
             let (r, m) = (logits(seed), logits(seed + 1));

@@ -115,7 +115,10 @@ mod tests {
         for i in -87_000..88_000 {
             let x = i as f32 / 1000.0;
             let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((ours - exact).abs() <= EXP_RELATIVE_ERROR_MAX * exact, "exp({x}) = {ours}, not {exact}");
+            assert!(
+                (ours - exact).abs() <= EXP_RELATIVE_ERROR_MAX * exact,
+                "exp({x}) = {ours}, not {exact}"
+            );
         }
         assert!(exp(-1e9) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37 && exp(1e9).is_finite());
     }
@@ -129,7 +132,10 @@ mod tests {
             kernel(&mut ours, &up);
             for ((&x, &u), &o) in x.iter().zip(&up).zip(&ours) {
                 let want = exact(f64::from(x)) * f64::from(u);
-                assert!((f64::from(o) - want).abs() < 2e-6 * want.abs().max(1.0), "{x}: {o} != {want}");
+                assert!(
+                    (f64::from(o) - want).abs() < 2e-6 * want.abs().max(1.0),
+                    "{x}: {o} != {want}"
+                );
             }
         };
         check(silu_gate, |x| x / (1.0 + (-x).exp()));

@@ -66,7 +66,10 @@ impl Factor {
         let diagonal: Vec<f64> = (0..width).map(|i| gram[i * width + i]).collect();
         let mean = diagonal.iter().sum::<f64>() / width as f64;
         if !(mean.is_finite() && mean >= 0.0) {
-            return Err(Error::Factor { site: site.into(), pivot: 0 });
+            return Err(Error::Factor {
+                site: site.into(),
+                pivot: 0,
+            });
         }
         // With no token at all every column is plain rounding.
         let mean = if mean > 0.0 { mean } else { 1.0 };
@@ -100,7 +103,10 @@ impl Factor {
                     });
                 }
                 Err(pivot) if retries == DAMP_RETRIES_MAX => {
-                    return Err(Error::Factor { site: site.into(), pivot: order[pivot] });
+                    return Err(Error::Factor {
+                        site: site.into(),
+                        pivot: order[pivot],
+                    });
                 }
                 Err(_) => damp = damp.max(1e-4) * DAMP_GROWTH,
             }
@@ -109,7 +115,7 @@ impl Factor {
     }
 
     /// `y = H_d⁻¹ y` for `y [width, lanes]`, row-major, in original column order.
-    pub fn solve(&self, y: &mut Vec<f64>) {
+    pub fn solve(&self, y: &mut [f64]) {
         let lanes = y.len() / self.width;
         let mut ordered: Vec<f64> = Vec::with_capacity(y.len());
         for &column in &self.order {

@@ -4,7 +4,7 @@
 //! thread gives the same bits whatever the number of workers.
 
 /// Element types of [`product`].
-pub trait Real: Copy + 'static {
+pub trait Real: Copy + PartialEq + 'static {
     /// Additive neutral.
     const ZERO: Self;
     /// Multiplicative neutral.
@@ -106,10 +106,7 @@ impl<'a, T> ViewMut<'a, T> {
 ///
 /// # Panics
 /// The shapes do not fit together.
-pub fn product<T: Real>(out: ViewMut<'_, T>, keep: T, lhs: View<'_, T>, rhs: View<'_, T>, scale: T)
-where
-    T: PartialEq,
-{
+pub fn product<T: Real>(out: ViewMut<'_, T>, keep: T, lhs: View<'_, T>, rhs: View<'_, T>, scale: T) {
     let (o, l, r) = (out.shape, lhs.shape, rhs.shape);
     assert!(
         o.rows == l.rows && o.columns == r.columns && l.columns == r.rows,

@@ -92,11 +92,7 @@ impl QuantizedWeight {
         let groups = self.codes.chunks_exact(self.grid.group_size);
         for ((codes, &scale), &zero) in groups.zip(&self.scales).zip(&self.zeros) {
             let zero = i32::from(zero);
-            out.extend(
-                codes
-                    .iter()
-                    .map(|&code| (i32::from(code) - zero) as f32 * scale),
-            );
+            out.extend(codes.iter().map(|&code| (i32::from(code) - zero) as f32 * scale));
         }
         out
     }

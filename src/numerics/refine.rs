@@ -75,20 +75,28 @@ impl State<'_> {
             let begin = g * group;
             for i in 0..group {
                 for lane in 0..lanes {
-                    centred[i * lanes + lane] = codes[(begin + i) * lanes + lane] - scales.zero[g * lanes + lane];
+                    centred[i * lanes + lane] =
+                        codes[(begin + i) * lanes + lane] - scales.zero[g * lanes + lane];
                 }
             }
             product(
                 ViewMut::rows(&mut curved, group, lanes, lanes),
                 0.0,
-                View::rows(&self.hessian[begin * self.width + begin..], group, group, self.width),
+                View::rows(
+                    &self.hessian[begin * self.width + begin..],
+                    group,
+                    group,
+                    self.width,
+                ),
                 View::rows(&centred, group, lanes, lanes),
                 1.0,
             );
             let mut change = vec![0.0; lanes];
             for (lane, change) in change.iter_mut().enumerate() {
                 let column = |values: &[f64]| -> f64 {
-                    (0..group).map(|i| values[i * lanes + lane] * centred[i * lanes + lane]).sum()
+                    (0..group)
+                        .map(|i| values[i * lanes + lane] * centred[i * lanes + lane])
+                        .sum()
                 };
                 let (slope, curvature) = (column(&self.gradient[begin * lanes..]), column(&curved));
                 if curvature > 0.0 {
@@ -112,7 +120,10 @@ impl State<'_> {
     /// The gradient and errors after the scales of the group at `begin` moved by `change`.
     fn shift_group(&mut self, begin: usize, centred: &[f64], change: &[f64]) {
         let (lanes, group) = (self.lanes, self.grid.group_size);
-        let moved: Vec<f64> = centred.chunks_exact(lanes).flat_map(|row| row.iter().zip(change).map(|(c, d)| c * d)).collect();
+        let moved: Vec<f64> = centred
+            .chunks_exact(lanes)
+            .flat_map(|row| row.iter().zip(change).map(|(c, d)| c * d))
+            .collect();
         for (error, m) in self.errors[begin * lanes..].iter_mut().zip(&moved) {
             *error -= m;
         }
@@ -148,7 +159,10 @@ impl State<'_> {
                         for lane in 0..lanes {
                             let value = (codes[lane] - zero[lane]) * scale[lane];
                             let wanted = value + gradient[mine + lane] * inverse;
-                            let code = (wanted / scale[lane] + zero[lane]).round_ties_even().max(0.0).min(max_code);
+                            let code = (wanted / scale[lane] + zero[lane])
+                                .round_ties_even()
+                                .max(0.0)
+                                .min(max_code);
                             let step = (code - codes[lane]) * scale[lane];
                             codes[lane] = code;
                             errors[lane] -= step;
@@ -156,18 +170,27 @@ impl State<'_> {
                         }
                         // The rest of the block sees the move now, the other blocks after it.
                         for (k, &h) in row.iter().enumerate() {
-                            for (value, &m) in gradient[(begin + k) * lanes..][..lanes].iter_mut().zip(moved.iter()) {
+                            for (value, &m) in gradient[(begin + k) * lanes..][..lanes]
+                                .iter_mut()
+                                .zip(moved.iter())
+                            {
                                 *value -= h * m;
                             }
                         }
                     },
                 );
             }
-            for (first, rows) in [(0, begin), (begin + block, self.width - begin - block)] {
+            let others = [(0, begin), (begin + block, self.width - begin - block)];
+            for (first, rows) in others.into_iter().filter(|(_, rows)| *rows > 0) {
                 product(
                     ViewMut::rows(&mut self.gradient[first * lanes..], rows, lanes, lanes),
                     1.0,
-                    View::rows(&self.hessian[first * self.width + begin..], rows, block, self.width),
+                    View::rows(
+                        &self.hessian[first * self.width + begin..],
+                        rows,
+                        block,
+                        self.width,
+                    ),
                     View::rows(&moved, block, lanes, lanes),
                     -1.0,
                 );

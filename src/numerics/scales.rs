@@ -100,13 +100,17 @@ impl Lanes {
     fn candidate(&mut self, grid: Grid, shrink: f64) {
         let steps = f64::from(grid.max_code());
         for i in 0..self.scale.len() {
-            let scale = grid.scale_dtype.round((self.high[i] - self.low[i]) * shrink / steps);
+            let scale = grid
+                .scale_dtype
+                .round((self.high[i] - self.low[i]) * shrink / steps);
             self.scale[i] = scale;
             self.inverse[i] = scale.recip();
             self.zero[i] = if grid.symmetric {
                 f64::from(grid.symmetric_zero())
             } else {
-                (-self.low[i] * shrink / scale).round_ties_even().clamp(0.0, steps)
+                (-self.low[i] * shrink / scale)
+                    .round_ties_even()
+                    .clamp(0.0, steps)
             };
         }
     }
@@ -114,13 +118,21 @@ impl Lanes {
     fn judge(&mut self, weights: &[f64], importance: &[f64], max_code: f64) {
         let lanes = self.scale.len();
         self.error.fill(0.0);
-        let (scale, inverse, zero, error) = (&self.scale[..], &self.inverse[..], &self.zero[..], &mut self.error[..]);
+        let (scale, inverse, zero, error) = (
+            &self.scale[..],
+            &self.inverse[..],
+            &self.zero[..],
+            &mut self.error[..],
+        );
         pulp::Arch::new().dispatch(
             #[inline(always)]
             || {
                 for (row, &importance) in weights.chunks_exact(lanes).zip(importance) {
                     for i in 0..lanes {
-                        let code = (row[i] * inverse[i] + zero[i]).round_ties_even().max(0.0).min(max_code);
+                        let code = (row[i] * inverse[i] + zero[i])
+                            .round_ties_even()
+                            .max(0.0)
+                            .min(max_code);
                         let miss = row[i] - (code - zero[i]) * scale[i];
                         error[i] += importance * miss * miss;
                     }
@@ -145,14 +157,22 @@ pub fn assemble(codes: &[f64], lanes: usize, scales: &Scales, grid: Grid) -> Qua
     let columns = codes.len() / lanes;
     let transpose = |values: &[f64]| -> Vec<f64> {
         let rows = values.len() / lanes;
-        (0..lanes).flat_map(|lane| (0..rows).map(move |row| values[row * lanes + lane])).collect()
+        (0..lanes)
+            .flat_map(|lane| (0..rows).map(move |row| values[row * lanes + lane]))
+            .collect()
     };
     QuantizedWeight {
         grid,
         rows: lanes,
         columns,
         codes: transpose(codes).into_iter().map(|code| code as u8).collect(),
-        scales: transpose(&scales.scale).into_iter().map(|scale| scale as f32).collect(),
-        zeros: transpose(&scales.zero).into_iter().map(|zero| zero as u8).collect(),
+        scales: transpose(&scales.scale)
+            .into_iter()
+            .map(|scale| scale as f32)
+            .collect(),
+        zeros: transpose(&scales.zero)
+            .into_iter()
+            .map(|zero| zero as u8)
+            .collect(),
     }
 }

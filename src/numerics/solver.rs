@@ -45,7 +45,11 @@ pub fn round_to_nearest(weights: &[f32], columns: usize, grid: Grid) -> SolvedRo
     for c in 0..columns {
         let g = c / grid.group_size;
         for lane in 0..lanes {
-            let (w, scale, zero) = (target[c * lanes + lane], scales.scale[g * lanes + lane], scales.zero[g * lanes + lane]);
+            let (w, scale, zero) = (
+                target[c * lanes + lane],
+                scales.scale[g * lanes + lane],
+                scales.zero[g * lanes + lane],
+            );
             let free = (w / scale + zero).round_ties_even();
             let code = free.clamp(0.0, f64::from(grid.max_code()));
             clipped += u64::from(code != free);
@@ -80,7 +84,14 @@ pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) 
     let mut scales = search(&target, lanes, &importance, grid);
     let mut swept = sweep(&target, lanes, factor, &scales, grid);
     if options.refine_rounds > 0 {
-        swept.error = refine(&target, &mut swept.codes, &mut scales, factor, grid, options.refine_rounds);
+        swept.error = refine(
+            &target,
+            &mut swept.codes,
+            &mut scales,
+            factor,
+            grid,
+            options.refine_rounds,
+        );
     }
     SolvedRows {
         weight: assemble(&swept.codes, lanes, &scales, grid),
@@ -104,7 +115,12 @@ fn sweep(target: &[f64], lanes: usize, factor: &Factor, scales: &Scales, grid: G
     let width = factor.width;
     let mut codes = vec![0.0; target.len()];
     // In the factor's order.
-    let ordered: Vec<f64> = factor.order.iter().flat_map(|&c| &target[c * lanes..][..lanes]).copied().collect();
+    let ordered: Vec<f64> = factor
+        .order
+        .iter()
+        .flat_map(|&c| &target[c * lanes..][..lanes])
+        .copied()
+        .collect();
     let mut errors = vec![0.0; target.len()];
     let mut carried = vec![0.0; SWEEP_BLOCK * lanes];
     let (mut error, mut energy, mut clipped) = (0.0, 0.0, 0);

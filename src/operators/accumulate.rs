@@ -19,35 +19,50 @@ pub fn accumulate<'scope>(
     inputs: StreamVec<'scope, u64, SiteInput>,
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, Partial> {
-    inputs.unary_frontier::<CapacityContainerBuilder<Vec<Partial>>, _, _, _>(Pipeline, "accumulate", move |_, _| {
-        let mut steps: BTreeMap<u64, (Capability<u64>, Option<SiteStatistics>)> = BTreeMap::new();
-        move |(input, frontier), output| {
-            input.for_each_stamp(|capability, data| {
-                let Some(capability) = capability.retain_least(output.output_index()) else { return };
-                let step = *capability.time();
-                let (_, statistics) = steps.entry(step).or_insert((capability, None));
-                for record in data.flat_map(|container| container.drain(..)) {
-                    local.run("accumulate", || add(&local, step, statistics, &record));
+    inputs.unary_frontier::<CapacityContainerBuilder<Vec<Partial>>, _, _, _>(
+        Pipeline,
+        "accumulate",
+        move |_, _| {
+            let mut steps: BTreeMap<u64, (Capability<u64>, Option<SiteStatistics>)> = BTreeMap::new();
+            move |(input, frontier), output| {
+                input.for_each_stamp(|capability, data| {
+                    let Some(capability) = capability.retain_least(output.output_index()) else {
+                        return;
+                    };
+                    let step = *capability.time();
+                    let (_, statistics) = steps.entry(step).or_insert((capability, None));
+                    for record in data.flat_map(|container| container.drain(..)) {
+                        local.run("accumulate", || add(&local, step, statistics, &record));
+                    }
+                });
+                while let Some(entry) = steps
+                    .first_entry()
+                    .filter(|entry| !frontier.less_equal(entry.key()))
+                {
+                    let (step, (capability, statistics)) = entry.remove_entry();
+                    let Some(statistics) = statistics else { continue };
+                    let owner = step % local.peers as u64;
+                    let mut tokens = statistics.tokens();
+                    let exponents = Arc::new(statistics.exponents().clone());
+                    let panels = statistics.into_panels();
+                    let panels: Vec<_> = if tokens == 0 {
+                        vec![None]
+                    } else {
+                        panels.into_iter().map(Some).collect()
+                    };
+                    let partial = |panel| Partial {
+                        owner,
+                        tokens: std::mem::take(&mut tokens),
+                        exponents: Arc::clone(&exponents),
+                        panel,
+                    };
+                    output
+                        .session(&capability)
+                        .give_iterator(panels.into_iter().map(partial));
                 }
-            });
-            while let Some(entry) = steps.first_entry().filter(|entry| !frontier.less_equal(entry.key())) {
-                let (step, (capability, statistics)) = entry.remove_entry();
-                let Some(statistics) = statistics else { continue };
-                let owner = step % local.peers as u64;
-                let mut tokens = statistics.tokens();
-                let exponents = Arc::new(statistics.exponents().clone());
-                let panels = statistics.into_panels();
-                let panels: Vec<_> = if tokens == 0 { vec![None] } else { panels.into_iter().map(Some).collect() };
-                let partial = |panel| Partial {
-                    owner,
-                    tokens: std::mem::take(&mut tokens),
-                    exponents: Arc::clone(&exponents),
-                    panel,
-                };
-                output.session(&capability).give_iterator(panels.into_iter().map(partial));
             }
-        }
-    })
+        },
+    )
 }
 
 fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record: &SiteInput) -> Result<()> {
@@ -67,7 +82,11 @@ fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record
     let original = record.original.as_ref().map(values).transpose()?;
     statistics.add(&x, original.as_deref()).map_err(|error| {
         let (block, site) = local.shared.plan.step(step);
-        Error::invalid(format!("block {block}, input of {site:?}"), error.to_string(), error.hint().unwrap_or_default())
+        Error::invalid(
+            format!("block {block}, input of {site:?}"),
+            error.to_string(),
+            error.hint().unwrap_or_default(),
+        )
     })
 }
 

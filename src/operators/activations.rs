@@ -151,7 +151,11 @@ impl ActivationStore {
     /// Nothing was, or the scratch file cannot be read.
     pub fn get(&self, key: Key) -> Result<Tensor> {
         self.find(key)?.ok_or_else(|| {
-            Error::invalid(format!("activation {key:?}"), "is not in the store", "this is a bug in quantflow: please report it")
+            Error::invalid(
+                format!("activation {key:?}"),
+                "is not in the store",
+                "this is a bug in quantflow: please report it",
+            )
         })
     }
 
@@ -176,10 +180,18 @@ impl ActivationStore {
         let mut values = vec![0f32; count];
         match entry.precision {
             Precision::F32 => bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes),
-            Precision::Bf16 => widen(bytes, bf16::from_bits, |wide| wide.convert_to_f32_slice(&mut values)),
-            Precision::F16 => widen(bytes, f16::from_bits, |wide| wide.convert_to_f32_slice(&mut values)),
+            Precision::Bf16 => widen(bytes, bf16::from_bits, |wide| {
+                wide.convert_to_f32_slice(&mut values)
+            }),
+            Precision::F16 => widen(bytes, f16::from_bits, |wide| {
+                wide.convert_to_f32_slice(&mut values)
+            }),
         }
-        Ok(Some(Tensor::from_vec(values, (entry.rows, entry.columns), &Device::Cpu)?))
+        Ok(Some(Tensor::from_vec(
+            values,
+            (entry.rows, entry.columns),
+            &Device::Cpu,
+        )?))
     }
 
     /// As [`Self::find`], and forgets it.
@@ -190,13 +202,20 @@ impl ActivationStore {
     }
 
     fn forget(&mut self, key: Key) {
-        if let Some(Entry { place: Place::Resident(bytes), .. }) = self.entries.remove(&key) {
+        if let Some(Entry {
+            place: Place::Resident(bytes),
+            ..
+        }) = self.entries.remove(&key)
+        {
             self.resident -= bytes.len();
         }
     }
 }
 
 fn widen<T>(bytes: &[u8], element: fn(u16) -> T, convert: impl FnOnce(&[T])) {
-    let wide: Vec<T> = bytes.chunks_exact(2).map(|pair| element(u16::from_le_bytes([pair[0], pair[1]]))).collect();
+    let wide: Vec<T> = bytes
+        .chunks_exact(2)
+        .map(|pair| element(u16::from_le_bytes([pair[0], pair[1]])))
+        .collect();
     convert(&wide);
 }

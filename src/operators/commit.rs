@@ -17,29 +17,44 @@ pub fn commit<'scope>(
 ) -> StreamVec<'scope, u64, Committed> {
     let shared = Arc::clone(&local.shared);
     let mut rows = Vec::new();
-    let committed = at_step_end(packed, "commit", |_| 0, local, move |step, mut packed: Vec<PackedLinear>| {
-        packed.sort_by_key(|linear| linear.linear);
-        for linear in &packed {
-            let planned = &shared.plan.linears[linear.linear];
-            if let Some(grid) = planned.grid {
-                let specs = shared.plan.format.specs(&planned.name, planned.rows, planned.columns, grid);
-                for (spec, bytes) in specs.iter().zip(&linear.tensors) {
-                    shared.output.writer.write(&spec.name, bytes)?;
+    let committed = at_step_end(
+        packed,
+        "commit",
+        |_| 0,
+        local,
+        move |step, mut packed: Vec<PackedLinear>| {
+            packed.sort_by_key(|linear| linear.linear);
+            for linear in &packed {
+                let planned = &shared.plan.linears[linear.linear];
+                if let Some(grid) = planned.grid {
+                    let specs = shared
+                        .plan
+                        .format
+                        .specs(&planned.name, planned.rows, planned.columns, grid);
+                    for (spec, bytes) in specs.iter().zip(&linear.tensors) {
+                        shared.output.writer.write(&spec.name, bytes)?;
+                    }
+                }
+                if let Some(row) = &linear.row {
+                    shared.observer.linear(row);
+                    rows.push(row.clone());
                 }
             }
-            if let Some(row) = &linear.row {
-                shared.observer.linear(row);
-                rows.push(row.clone());
+            let (block, site) = shared.plan.step(step);
+            if Some(&site) == SiteKind::ALL.last() {
+                shared.output.writer.sync()?;
+                let rows = std::mem::take(&mut rows);
+                shared.output.note(Record::Block {
+                    block: block as u64,
+                    rows,
+                })?;
             }
-        }
-        let (block, site) = shared.plan.step(step);
-        if Some(&site) == SiteKind::ALL.last() {
-            shared.output.writer.sync()?;
-            let rows = std::mem::take(&mut rows);
-            shared.output.note(Record::Block { block: block as u64, rows })?;
-        }
-        let committed = packed.into_iter().map(|linear| Committed { linear: linear.linear, quantized: linear.quantized });
-        Ok(committed.collect())
-    });
+            let committed = packed.into_iter().map(|linear| Committed {
+                linear: linear.linear,
+                quantized: linear.quantized,
+            });
+            Ok(committed.collect())
+        },
+    );
     committed.broadcast()
 }

@@ -14,27 +14,34 @@ use timely::dataflow::channels::pact::Exchange;
 use timely::dataflow::operators::{Capability, Operator};
 
 /// Takes batch positions, dealt over the workers; once all have come, says [`Go`] at the first step that is not done.
-pub fn embed<'scope>(batches: StreamVec<'scope, u64, (u64, usize)>, local: Rc<Local>) -> StreamVec<'scope, u64, Go> {
+pub fn embed<'scope>(
+    batches: StreamVec<'scope, u64, (u64, usize)>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, Go> {
     let route = Exchange::new(|(id, _): &(u64, usize)| *id);
-    batches.unary_frontier::<CapacityContainerBuilder<Vec<Go>>, _, _, _>(route, "embed", move |capability: Capability<u64>, _| {
-        // Held from the start, so that a worker without a batch takes part, too.
-        let mut held = Some(capability);
-        move |(input, frontier), output| {
-            input.for_each_stamp(|_, data| {
-                let mut own = local.batches.borrow_mut();
-                data.for_each(|container| own.extend(container.drain(..).map(|(_, position)| position)));
-            });
-            if frontier.less_equal(&0) {
-                return;
-            }
-            if let Some(capability) = held.take() {
-                local.batches.borrow_mut().sort_unstable();
-                if let Some(first) = local.run("embed", || start(&local)) {
-                    output.session(&capability.delayed(&first)).give(Go);
+    batches.unary_frontier::<CapacityContainerBuilder<Vec<Go>>, _, _, _>(
+        route,
+        "embed",
+        move |capability: Capability<u64>, _| {
+            // Held from the start, so that a worker without a batch takes part, too.
+            let mut held = Some(capability);
+            move |(input, frontier), output| {
+                input.for_each_stamp(|_, data| {
+                    let mut own = local.batches.borrow_mut();
+                    data.for_each(|container| own.extend(container.drain(..).map(|(_, position)| position)));
+                });
+                if frontier.less_equal(&0) {
+                    return;
+                }
+                if let Some(capability) = held.take() {
+                    local.batches.borrow_mut().sort_unstable();
+                    if let Some(first) = local.run("embed", || start(&local)) {
+                        output.session(&capability.delayed(&first)).give(Go);
+                    }
                 }
             }
-        }
-    })
+        },
+    )
 }
 
 /// Fills the store; returns the first step to run.
@@ -53,7 +60,10 @@ fn start(local: &Local) -> Result<u64> {
         };
         let residual = shared.tower.embed(tokens)?;
         for &stream in streams {
-            local.store.borrow_mut().put((position, stream, Slot::Residual), &residual)?;
+            local
+                .store
+                .borrow_mut()
+                .put((position, stream, Slot::Residual), &residual)?;
         }
     }
     shared.tower.release_embedding();

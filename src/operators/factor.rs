@@ -12,29 +12,47 @@ use timely::dataflow::operators::Operator;
 use timely::dataflow::operators::vec::Broadcast;
 
 /// One record a step and worker.
-pub fn factor<'scope>(merged: StreamVec<'scope, u64, Merged>, local: Rc<Local>) -> StreamVec<'scope, u64, Factored> {
-    let factors = merged.unary::<CapacityContainerBuilder<Vec<Factored>>, _, _, _>(Pipeline, "factor", move |_, _| {
-        move |input, output| {
-            input.for_each_stamp(|capability, data| {
-                let Some(capability) = capability.retain_least(output.output_index()) else { return };
-                for merged in data.flat_map(|container| container.drain(..)) {
-                    let step = *capability.time();
-                    let result = local.run("factor", || {
-                        let plan = &local.shared.plan;
-                        if !plan.is_active(step) {
-                            return Ok(Factored { factor: None, tokens: 0 });
+pub fn factor<'scope>(
+    merged: StreamVec<'scope, u64, Merged>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, Factored> {
+    let factors =
+        merged.unary::<CapacityContainerBuilder<Vec<Factored>>, _, _, _>(Pipeline, "factor", move |_, _| {
+            move |input, output| {
+                input.for_each_stamp(|capability, data| {
+                    let Some(capability) = capability.retain_least(output.output_index()) else {
+                        return;
+                    };
+                    for merged in data.flat_map(|container| container.drain(..)) {
+                        let step = *capability.time();
+                        let result = local.run("factor", || {
+                            let plan = &local.shared.plan;
+                            if !plan.is_active(step) {
+                                return Ok(Factored {
+                                    factor: None,
+                                    tokens: 0,
+                                });
+                            }
+                            let name = &plan.step_linears(step)[0].name;
+                            let Merged { gram, cross, tokens } = merged;
+                            let factor = Factor::new(
+                                name,
+                                gram,
+                                cross,
+                                plan.recipe.damp_percent,
+                                plan.recipe.actorder,
+                            )?;
+                            Ok(Factored {
+                                factor: Some(Arc::new(factor)),
+                                tokens,
+                            })
+                        });
+                        if let Some(factored) = result {
+                            output.session(&capability).give(factored);
                         }
-                        let name = &plan.step_linears(step)[0].name;
-                        let Merged { gram, cross, tokens } = merged;
-                        let factor = Factor::new(name, gram, cross, plan.recipe.damp_percent, plan.recipe.actorder)?;
-                        Ok(Factored { factor: Some(Arc::new(factor)), tokens })
-                    });
-                    if let Some(factored) = result {
-                        output.session(&capability).give(factored);
                     }
-                }
-            });
-        }
-    });
+                });
+            }
+        });
     factors.broadcast()
 }

@@ -17,7 +17,10 @@ use timely::dataflow::operators::{Capability, Operator};
 
 /// The site's input of each batch that this worker holds, the probe's first; one batch an activation, so that what is downstream
 /// consumes one input before the next is made.
-pub fn forward<'scope>(steps: StreamVec<'scope, u64, Go>, local: Rc<Local>) -> StreamVec<'scope, u64, SiteInput> {
+pub fn forward<'scope>(
+    steps: StreamVec<'scope, u64, Go>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, SiteInput> {
     let scope = steps.scope();
     steps.unary::<CapacityContainerBuilder<Vec<SiteInput>>, _, _, _>(Pipeline, "forward", move |_, info| {
         let again = scope.worker().activator_for(info.address);
@@ -26,7 +29,12 @@ pub fn forward<'scope>(steps: StreamVec<'scope, u64, Go>, local: Rc<Local>) -> S
             input.for_each_stamp(|capability, _| {
                 if let Some(capability) = capability.retain_least(output.output_index()) {
                     let own = local.batches.borrow();
-                    queue.extend([PROBE].iter().chain(own.iter()).map(|&position| (capability.clone(), position)));
+                    queue.extend(
+                        [PROBE]
+                            .iter()
+                            .chain(own.iter())
+                            .map(|&position| (capability.clone(), position)),
+                    );
                     prefetch(&local, *capability.time());
                 }
             });
@@ -57,7 +65,10 @@ fn prefetch(local: &Local, step: u64) {
         let sites = SiteKind::ALL.len() as u64;
         for next in step + sites..step + 2 * sites {
             for linear in shared.plan.step_linears(next) {
-                shared.tower.checkpoint.prefetch(&format!("{}.weight", linear.name));
+                shared
+                    .tower
+                    .checkpoint
+                    .prefetch(&format!("{}.weight", linear.name));
             }
         }
     }
@@ -67,7 +78,9 @@ fn prefetch(local: &Local, step: u64) {
 pub fn advance(local: &Local, step: u64, position: usize) -> Result<SiteInput> {
     let shared = &local.shared;
     let x = advance_stream(local, step, position, Stream::Quantized, |step| {
-        shared.stages.quantized(step, || super::install::committed_linears(shared, step))
+        shared
+            .stages
+            .quantized(step, || super::install::committed_linears(shared, step))
     })?;
     let original = match shared.matches_original() {
         true => {
@@ -94,7 +107,10 @@ fn advance_stream(
     let shared = &local.shared;
     let (block, site) = shared.plan.step(step);
     let layer = |block: usize| shared.stages.block(block, &shared.tower, &shared.rotary);
-    let (residual_key, input_key) = ((position, stream, Slot::Residual), (position, stream, Slot::SiteInput));
+    let (residual_key, input_key) = (
+        (position, stream, Slot::Residual),
+        (position, stream, Slot::SiteInput),
+    );
     let mut store = local.store.borrow_mut();
     let residual = store.get(residual_key)?;
     Ok(match site {
@@ -112,7 +128,11 @@ fn advance_stream(
         }
         SiteKind::O => {
             let layer = layer(block)?;
-            let x = layer.attend(&layer.enter(&residual)?, &linears(step - 1)?, local.sequence_length(position))?;
+            let x = layer.attend(
+                &layer.enter(&residual)?,
+                &linears(step - 1)?,
+                local.sequence_length(position),
+            )?;
             store.put(input_key, &x)?;
             x
         }

@@ -11,17 +11,30 @@ use std::sync::Arc;
 use timely::dataflow::StreamVec;
 
 /// One [`Go`] a worker, until the last step is done.
-pub fn install<'scope>(committed: StreamVec<'scope, u64, Committed>, local: Rc<Local>) -> StreamVec<'scope, u64, Go> {
+pub fn install<'scope>(
+    committed: StreamVec<'scope, u64, Committed>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, Go> {
     let shared = Arc::clone(&local.shared);
     let own = local.index as u64;
-    at_step_end(committed, "install", move |_| own, local, move |step, mut committed: Vec<Committed>| {
-        committed.sort_by_key(|linear| linear.linear);
-        shared.stages.quantized(step, || {
-            let weights = committed.iter().map(|linear| linear.quantized.as_deref());
-            linears(&shared, step, weights)
-        })?;
-        Ok(if step + 1 < shared.plan.steps() { vec![Go] } else { Vec::new() })
-    })
+    at_step_end(
+        committed,
+        "install",
+        move |_| own,
+        local,
+        move |step, mut committed: Vec<Committed>| {
+            committed.sort_by_key(|linear| linear.linear);
+            shared.stages.quantized(step, || {
+                let weights = committed.iter().map(|linear| linear.quantized.as_deref());
+                linears(&shared, step, weights)
+            })?;
+            Ok(if step + 1 < shared.plan.steps() {
+                vec![Go]
+            } else {
+                Vec::new()
+            })
+        },
+    )
 }
 
 /// A step's linears as the quantized model has them, read back from the output.
@@ -36,7 +49,12 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
     let weights: Vec<Option<QuantizedWeight>> = plan
         .step_linears(step)
         .iter()
-        .map(|linear| linear.grid.map(|_| plan.format.unpack(&linear.name, &config, &read)).transpose())
+        .map(|linear| {
+            linear
+                .grid
+                .map(|_| plan.format.unpack(&linear.name, &config, &read))
+                .transpose()
+        })
         .collect::<Result<_>>()?;
     linears(shared, step, weights.iter().map(Option::as_ref))
 }

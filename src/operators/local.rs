@@ -62,7 +62,12 @@ impl Output {
 
     /// Blocks that are done, from the first.
     pub fn blocks_done(&self) -> usize {
-        let count = |records: &Vec<Record>| records.iter().filter(|r| matches!(r, Record::Block { .. })).count();
+        let count = |records: &Vec<Record>| {
+            records
+                .iter()
+                .filter(|r| matches!(r, Record::Block { .. }))
+                .count()
+        };
         self.records.lock().map(|records| count(&records)).unwrap_or(0)
     }
 }

@@ -18,28 +18,39 @@ pub fn pack<'scope>(
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, PackedLinear> {
     let shared = Arc::clone(&local.shared);
-    at_step_end(chunks, "pack", |chunk| chunk.linear as u64, local, move |_, chunks: Vec<SolvedChunk>| {
-        let mut linears: BTreeMap<usize, Vec<SolvedChunk>> = BTreeMap::new();
-        for chunk in chunks {
-            linears.entry(chunk.linear).or_default().push(chunk);
-        }
-        linears
-            .into_iter()
-            .map(|(linear, mut chunks)| {
-                chunks.sort_by_key(|chunk| chunk.chunk);
-                let planned = &shared.plan.linears[linear];
-                let Some((weight, row)) = assemble(planned, chunks)? else {
-                    return Ok(PackedLinear { linear, quantized: None, tensors: Vec::new(), row: None });
-                };
-                Ok(PackedLinear {
-                    linear,
-                    tensors: shared.plan.format.pack(&weight),
-                    quantized: Some(Arc::new(weight)),
-                    row: Some(row),
+    at_step_end(
+        chunks,
+        "pack",
+        |chunk| chunk.linear as u64,
+        local,
+        move |_, chunks: Vec<SolvedChunk>| {
+            let mut linears: BTreeMap<usize, Vec<SolvedChunk>> = BTreeMap::new();
+            for chunk in chunks {
+                linears.entry(chunk.linear).or_default().push(chunk);
+            }
+            linears
+                .into_iter()
+                .map(|(linear, mut chunks)| {
+                    chunks.sort_by_key(|chunk| chunk.chunk);
+                    let planned = &shared.plan.linears[linear];
+                    let Some((weight, row)) = assemble(planned, chunks)? else {
+                        return Ok(PackedLinear {
+                            linear,
+                            quantized: None,
+                            tensors: Vec::new(),
+                            row: None,
+                        });
+                    };
+                    Ok(PackedLinear {
+                        linear,
+                        tensors: shared.plan.format.pack(&weight),
+                        quantized: Some(Arc::new(weight)),
+                        row: Some(row),
+                    })
                 })
-            })
-            .collect()
-    })
+                .collect()
+        },
+    )
 }
 
 /// `None` for a linear that is left alone.
@@ -68,9 +79,13 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         seconds += chunk.seconds;
     }
     if weight.rows != planned.rows {
-        return Err(Error::Worker(format!("{} has {} of {} rows", planned.name, weight.rows, planned.rows)));
+        return Err(Error::Worker(format!(
+            "{} has {} of {} rows",
+            planned.name, weight.rows, planned.rows
+        )));
     }
-    let retried = (facts.retries > 0).then(|| format!("damping raised {} times to factor the Hessian", facts.retries));
+    let retried =
+        (facts.retries > 0).then(|| format!("damping raised {} times to factor the Hessian", facts.retries));
     let notes: Vec<String> = planned.fallback.clone().into_iter().chain(retried).collect();
     let row = Row {
         name: planned.name.clone(),

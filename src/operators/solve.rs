@@ -14,25 +14,34 @@ use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::{Capability, Operator};
 
 /// The chunks of each step's linears that fall to this worker.
-pub fn solve<'scope>(factors: StreamVec<'scope, u64, Factored>, local: Rc<Local>) -> StreamVec<'scope, u64, SolvedChunk> {
+pub fn solve<'scope>(
+    factors: StreamVec<'scope, u64, Factored>,
+    local: Rc<Local>,
+) -> StreamVec<'scope, u64, SolvedChunk> {
     let scope = factors.scope();
     factors.unary::<CapacityContainerBuilder<Vec<SolvedChunk>>, _, _, _>(Pipeline, "solve", move |_, info| {
         let again = scope.worker().activator_for(info.address);
         let mut queue: VecDeque<(Capability<u64>, usize, usize, Factored)> = VecDeque::new();
         move |input, output| {
             input.for_each_stamp(|capability, data| {
-                let Some(capability) = capability.retain_least(output.output_index()) else { return };
+                let Some(capability) = capability.retain_least(output.output_index()) else {
+                    return;
+                };
                 for factored in data.flat_map(|container| container.drain(..)) {
                     let linears = local.shared.plan.step_linears(*capability.time());
-                    let chunks = linears
-                        .iter()
-                        .flat_map(|linear| (0..linear.rows.div_ceil(CHUNK_ROWS)).map(|chunk| (linear.index, chunk)));
+                    let chunks = linears.iter().flat_map(|linear| {
+                        (0..linear.rows.div_ceil(CHUNK_ROWS)).map(|chunk| (linear.index, chunk))
+                    });
                     let own = chunks.enumerate().filter(|(i, _)| i % local.peers == local.index);
-                    queue.extend(own.map(|(_, (linear, chunk))| (capability.clone(), linear, chunk, factored.clone())));
+                    queue.extend(
+                        own.map(|(_, (linear, chunk))| (capability.clone(), linear, chunk, factored.clone())),
+                    );
                 }
             });
             if let Some((capability, linear, chunk, factored)) = queue.pop_front() {
-                match local.run("solve", || solve_chunk(&local, *capability.time(), linear, chunk, &factored)) {
+                match local.run("solve", || {
+                    solve_chunk(&local, *capability.time(), linear, chunk, &factored)
+                }) {
                     Some(solved) => output.session(&capability).give(solved),
                     None => queue.clear(),
                 }
@@ -44,7 +53,13 @@ pub fn solve<'scope>(factors: StreamVec<'scope, u64, Factored>, local: Rc<Local>
     })
 }
 
-fn solve_chunk(local: &Local, step: u64, linear: usize, chunk: usize, factored: &Factored) -> Result<SolvedChunk> {
+fn solve_chunk(
+    local: &Local,
+    step: u64,
+    linear: usize,
+    chunk: usize,
+    factored: &Factored,
+) -> Result<SolvedChunk> {
     let begin = thread_cpu();
     let shared = &local.shared;
     let planned = &shared.plan.linears[linear];
@@ -54,7 +69,11 @@ fn solve_chunk(local: &Local, step: u64, linear: usize, chunk: usize, factored: 
         None => None,
         Some(grid) => {
             let originals = shared.stages.original(step, &shared.plan, &shared.tower)?;
-            let weights = originals[planned.slot].weight.narrow(0, first, rows)?.flatten_all()?.to_vec1::<f32>()?;
+            let weights = originals[planned.slot]
+                .weight
+                .narrow(0, first, rows)?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
             let recipe = &shared.plan.recipe;
             let options = GptqOptions {
                 match_original: recipe.match_original,

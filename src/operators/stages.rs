@@ -60,12 +60,17 @@ impl Stages {
     }
 
     /// The linears of a step as the quantized model has them; `load` makes them for the first worker that asks.
-    pub fn quantized(&self, step: u64, load: impl FnOnce() -> Result<Vec<Linear>>) -> Result<Arc<Vec<Linear>>> {
+    pub fn quantized(
+        &self,
+        step: u64,
+        load: impl FnOnce() -> Result<Vec<Linear>>,
+    ) -> Result<Arc<Vec<Linear>>> {
         self.quantized.get(step, STEPS_KEPT, load)
     }
 
     /// Norms and options of a block.
     pub fn block(&self, block: usize, tower: &Tower, rotary: &[Arc<Rotary>]) -> Result<Arc<Block>> {
-        self.blocks.get(block as u64, STEPS_KEPT, || tower.block(block, rotary))
+        self.blocks
+            .get(block as u64, STEPS_KEPT, || tower.block(block, rotary))
     }
 }

@@ -25,22 +25,29 @@ where
     D: ExchangeData,
     O: Clone + 'static,
 {
-    stream.unary_frontier::<CapacityContainerBuilder<Vec<O>>, _, _, _>(Exchange::new(route), name, move |_, _| {
-        let mut stash: BTreeMap<u64, (Capability<u64>, Vec<D>)> = BTreeMap::new();
-        move |(input, frontier), output| {
-            input.for_each_stamp(|capability, data| {
-                if let Some(capability) = capability.retain_least(output.output_index()) {
-                    let step = *capability.time();
-                    let (_, records) = stash.entry(step).or_insert_with(|| (capability, Vec::new()));
-                    data.for_each(|container| records.append(container));
-                }
-            });
-            while let Some(entry) = stash.first_entry().filter(|entry| !frontier.less_equal(entry.key())) {
-                let (step, (capability, records)) = entry.remove_entry();
-                if let Some(results) = local.run(name, || logic(step, records)) {
-                    output.session(&capability).give_iterator(results.into_iter());
+    stream.unary_frontier::<CapacityContainerBuilder<Vec<O>>, _, _, _>(
+        Exchange::new(route),
+        name,
+        move |_, _| {
+            let mut stash: BTreeMap<u64, (Capability<u64>, Vec<D>)> = BTreeMap::new();
+            move |(input, frontier), output| {
+                input.for_each_stamp(|capability, data| {
+                    if let Some(capability) = capability.retain_least(output.output_index()) {
+                        let step = *capability.time();
+                        let (_, records) = stash.entry(step).or_insert_with(|| (capability, Vec::new()));
+                        data.for_each(|container| records.append(container));
+                    }
+                });
+                while let Some(entry) = stash
+                    .first_entry()
+                    .filter(|entry| !frontier.less_equal(entry.key()))
+                {
+                    let (step, (capability, records)) = entry.remove_entry();
+                    if let Some(results) = local.run(name, || logic(step, records)) {
+                        output.session(&capability).give_iterator(results.into_iter());
+                    }
                 }
             }
-        }
-    })
+        },
+    )
 }

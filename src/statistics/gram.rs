@@ -137,7 +137,11 @@ impl SiteStatistics {
             .find(|own| own.product == panel.product && own.first_row == panel.first_row)
             .filter(|own| own.sums.len() == panel.sums.len())
             .ok_or_else(|| {
-                Error::invalid("statistics", format!("have no panel at row {}", panel.first_row), "the parts are of different sites")
+                Error::invalid(
+                    "statistics",
+                    format!("have no panel at row {}", panel.first_row),
+                    "the parts are of different sites",
+                )
             })?;
         for (sum, &more) in own.sums.iter_mut().zip(&panel.sums) {
             *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
@@ -198,8 +202,9 @@ fn add_row(sums: &mut [i64], products: &[f32], row_scale: f64, scales: &[f64]) -
             let mut bad = 0i64;
             for ((sum, &p), &scale) in sums.iter_mut().zip(products).zip(scales) {
                 let value = f64::from(p) * (row_scale * scale);
-                // Negated so that NaN counts as too large.
-                bad |= -i64::from(!(value.abs() < BATCH_SUM_MAX));
+                // What is not below the limit is too large, NaN included.
+                let fits = value.abs() < BATCH_SUM_MAX;
+                bad |= i64::from(fits) - 1;
                 let rounded = ((value + ROUND).to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
                 let next = sum.wrapping_add(rounded);
                 // Overflow: both operands have the sign that the result has not.
@@ -220,11 +225,15 @@ mod tests {
         let mut state = seed.wrapping_add(1);
         (0..n)
             .map(|i| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 ((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * (1.0 + (i % 7) as f32)
             })
             .collect()
     }
+
+    type Batch = (Vec<f32>, Vec<f32>);
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
@@ -253,7 +262,7 @@ mod tests {
             let (gram, cross) = (one.to_f64(Product::Gram).unwrap(), one.to_f64(Product::Cross).unwrap());
             for i in 0..width {
                 for j in 0..width {
-                    let dot = |left: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| -> f64 {
+                    let dot = |left: fn(&Batch) -> &Vec<f32>| -> f64 {
                         batches.iter().map(|b| (0..tokens).map(|t| f64::from(left(b)[t * width + i]) * f64::from(b.0[t * width + j])).sum::<f64>()).sum()
                     };
                     // f32 accumulation over 40 tokens of values up to 7, and half a unit of the fixed point a batch.

@@ -3,7 +3,7 @@
 /// GPTQ as in the paper: Cholesky of the inverse Hessian, column by column, the remaining weights updated at once.
 ///
 /// `weights` is `[rows, width]`; `hessian` is the damped H; columns go in `order`; `scale` and `zero` give each row and column its grid.
-pub fn gptq(
+pub(crate) fn gptq(
     weights: &[f64],
     hessian: &[f64],
     order: &[usize],
@@ -12,7 +12,10 @@ pub fn gptq(
 ) -> Vec<f64> {
     let n = order.len();
     let rows = weights.len() / n;
-    let permuted: Vec<f64> = order.iter().flat_map(|&i| order.iter().map(move |&j| hessian[i * n + j])).collect();
+    let permuted: Vec<f64> = order
+        .iter()
+        .flat_map(|&i| order.iter().map(move |&j| hessian[i * n + j]))
+        .collect();
     // Upper Cholesky factor of the inverse: inverse = Uᵀ U.
     let inverse = invert(&permuted, n);
     let lower = cholesky(&inverse, n);
@@ -25,8 +28,8 @@ pub fn gptq(
             let code = (w[i] / scale + zero).round_ties_even().clamp(0.0, max_code);
             codes[row * n + order[i]] = code;
             let error = (w[i] - (code - zero) * scale) / upper(i, i);
-            for j in i..n {
-                w[j] -= error * upper(i, j);
+            for (j, w) in w.iter_mut().enumerate().skip(i) {
+                *w -= error * upper(i, j);
             }
         }
     }
@@ -34,7 +37,7 @@ pub fn gptq(
 }
 
 /// Lower triangular L with L Lᵀ = a.
-pub fn cholesky(a: &[f64], n: usize) -> Vec<f64> {
+pub(crate) fn cholesky(a: &[f64], n: usize) -> Vec<f64> {
     let mut l = vec![0.0; n * n];
     for i in 0..n {
         for j in 0..=i {
@@ -49,11 +52,13 @@ pub fn cholesky(a: &[f64], n: usize) -> Vec<f64> {
 }
 
 /// Gauss–Jordan with partial pivoting.
-pub fn invert(a: &[f64], n: usize) -> Vec<f64> {
+pub(crate) fn invert(a: &[f64], n: usize) -> Vec<f64> {
     let mut a = a.to_vec();
     let mut inverse: Vec<f64> = (0..n * n).map(|k| f64::from(u8::from(k / n == k % n))).collect();
     for i in 0..n {
-        let pivot = (i..n).max_by(|&p, &q| a[p * n + i].abs().total_cmp(&a[q * n + i].abs())).unwrap();
+        let pivot = (i..n)
+            .max_by(|&p, &q| a[p * n + i].abs().total_cmp(&a[q * n + i].abs()))
+            .unwrap();
         for k in 0..n {
             a.swap(i * n + k, pivot * n + k);
             inverse.swap(i * n + k, pivot * n + k);
@@ -75,9 +80,13 @@ pub fn invert(a: &[f64], n: usize) -> Vec<f64> {
 }
 
 /// tr(E H Eᵀ) for `errors [rows, n]`.
-pub fn loss(errors: &[f64], hessian: &[f64], n: usize) -> f64 {
+pub(crate) fn loss(errors: &[f64], hessian: &[f64], n: usize) -> f64 {
     errors
         .chunks_exact(n)
-        .map(|e| (0..n).map(|i| (0..n).map(|j| e[i] * hessian[i * n + j] * e[j]).sum::<f64>()).sum::<f64>())
+        .map(|e| {
+            (0..n)
+                .map(|i| (0..n).map(|j| e[i] * hessian[i * n + j] * e[j]).sum::<f64>())
+                .sum::<f64>()
+        })
         .sum()
 }
