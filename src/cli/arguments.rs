@@ -87,8 +87,8 @@ pub(super) struct QuantizeArguments {
     /// 2, 3, 4 or 8
     #[arg(long, value_name = "N", help_heading = "Scheme")]
     pub bits: Option<u32>,
-    /// Inputs that share a scale; 0: one scale a row
-    #[arg(long, value_name = "N", help_heading = "Scheme")]
+    /// Inputs that share a scale; 0 or -1: one scale a row
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = group_size, help_heading = "Scheme")]
     pub group_size: Option<usize>,
     /// Where the group size does not divide a width, use its largest divisor that fits, and say so
     #[arg(long, help_heading = "Scheme")]
@@ -302,6 +302,16 @@ pub(super) fn workers(flag: Option<usize>) -> Result<usize> {
             format!("{other} is not between 1 and 256"),
             "",
         )),
+    }
+}
+
+/// A group size; other tools write -1 for one scale a row.
+fn group_size(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(0),
+        text => text
+            .parse()
+            .map_err(|_| "give a number of inputs, or 0 for one scale a row".into()),
     }
 }
 
