@@ -1,6 +1,7 @@
 //! How far one model's next-token distribution is from another's.
 
 use super::elementwise::exp;
+use super::simd::vectorized;
 
 /// Independent partial sums: a fixed order that vectorises.
 const LANES: usize = 8;
@@ -27,19 +28,16 @@ pub fn compare(reference: &[f32], model: &[f32], target: usize) -> Divergence {
     let (r_top, r_max) = top(reference);
     let (m_top, m_max) = top(model);
     let mut sums = [[0f64; LANES]; 3];
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (r, m) in reference.chunks(LANES).zip(model.chunks(LANES)) {
-                for (lane, (&r, &m)) in r.iter().zip(m).enumerate() {
-                    let p = exp(r - r_max);
-                    sums[0][lane] += f64::from(p);
-                    sums[1][lane] += f64::from(exp(m - m_max));
-                    sums[2][lane] += f64::from(p) * (f64::from(r) - f64::from(m));
-                }
+    vectorized!({
+        for (r, m) in reference.chunks(LANES).zip(model.chunks(LANES)) {
+            for (lane, (&r, &m)) in r.iter().zip(m).enumerate() {
+                let p = exp(r - r_max);
+                sums[0][lane] += f64::from(p);
+                sums[1][lane] += f64::from(exp(m - m_max));
+                sums[2][lane] += f64::from(p) * (f64::from(r) - f64::from(m));
             }
-        },
-    );
+        }
+    });
     let [r_sum, m_sum, dot] = sums.map(|lanes| lanes.iter().sum::<f64>());
     let r_log = f64::from(r_max) + r_sum.ln();
     let m_log = f64::from(m_max) + m_sum.ln();

@@ -1,5 +1,7 @@
-//! Element-wise kernels in f32. Loops are written for the auto-vectoriser and run through [`pulp::Arch`],
+//! Element-wise kernels in f32. Loops are written for the auto-vectoriser and run through [`vectorized!`],
 //! which picks the widest instructions of the machine at run time.
+
+use super::simd::vectorized;
 
 /// e^x in f32: Cody–Waite reduction and a degree-6 polynomial, within 2 ulp over the range where the result is normal;
 /// below -87.3 the result is 0 to within the smallest normal number, above 88.3 it saturates near the largest finite one.
@@ -31,14 +33,11 @@ pub fn exp(x: f32) -> f32 {
 /// The lengths differ.
 pub fn silu_gate(gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len());
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (g, &u) in gate.iter_mut().zip(up) {
-                *g = *g / (1.0 + exp(-*g)) * u;
-            }
-        },
-    );
+    vectorized!({
+        for (g, &u) in gate.iter_mut().zip(up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    });
 }
 
 /// `gate[i] = gelu_tanh(gate[i]) * up[i]`, with tanh(y) = 1 - 2 / (1 + e^2y)
@@ -48,53 +47,47 @@ pub fn silu_gate(gate: &mut [f32], up: &[f32]) {
 pub fn gelu_tanh_gate(gate: &mut [f32], up: &[f32]) {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
     assert_eq!(gate.len(), up.len());
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (g, &u) in gate.iter_mut().zip(up) {
-                let x = *g;
-                let inner = SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x);
-                // 0.5 * (1 + tanh(y)) = 1 / (1 + e^-2y)
-                *g = x / (1.0 + exp(-2.0 * inner)) * u;
-            }
-        },
-    );
+    vectorized!({
+        for (g, &u) in gate.iter_mut().zip(up) {
+            let x = *g;
+            let inner = SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x);
+            // 0.5 * (1 + tanh(y)) = 1 / (1 + e^-2y)
+            *g = x / (1.0 + exp(-2.0 * inner)) * u;
+        }
+    });
 }
 
 /// In place: `row = softmax(row)` after `row *= scale` and an optional soft cap.
 pub fn softmax(row: &mut [f32], scale: f32, softcap: Option<f32>) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            match softcap {
-                None => row.iter_mut().for_each(|v| *v *= scale),
-                Some(cap) => {
-                    for v in row.iter_mut() {
-                        *v = cap * tanh(*v * scale / cap);
-                    }
+    vectorized!({
+        match softcap {
+            None => row.iter_mut().for_each(|v| *v *= scale),
+            Some(cap) => {
+                for v in row.iter_mut() {
+                    *v = cap * tanh(*v * scale / cap);
                 }
             }
-            // Eight running maxima and sums: a fixed order that vectorises.
-            let mut lanes = [f32::NEG_INFINITY; 8];
-            for chunk in row.chunks(8) {
-                for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                    *lane = if v > *lane { v } else { *lane };
-                }
+        }
+        // Eight running maxima and sums: a fixed order that vectorises.
+        let mut lanes = [f32::NEG_INFINITY; 8];
+        for chunk in row.chunks(8) {
+            for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                *lane = if v > *lane { v } else { *lane };
             }
-            let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            for v in row.iter_mut() {
-                *v = exp(*v - max);
+        }
+        let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        for v in row.iter_mut() {
+            *v = exp(*v - max);
+        }
+        let mut sums = [0f32; 8];
+        for chunk in row.chunks(8) {
+            for (sum, &v) in sums.iter_mut().zip(chunk) {
+                *sum += v;
             }
-            let mut sums = [0f32; 8];
-            for chunk in row.chunks(8) {
-                for (sum, &v) in sums.iter_mut().zip(chunk) {
-                    *sum += v;
-                }
-            }
-            let inverse = 1.0 / sums.iter().sum::<f32>();
-            row.iter_mut().for_each(|v| *v *= inverse);
-        },
-    );
+        }
+        let inverse = 1.0 / sums.iter().sum::<f32>();
+        row.iter_mut().for_each(|v| *v *= inverse);
+    });
 }
 
 /// tanh through [`exp`].

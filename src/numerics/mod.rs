@@ -8,6 +8,7 @@ pub mod gemm;
 mod quantized;
 mod refine;
 pub mod scales;
+pub(crate) mod simd;
 pub mod solver;
 
 pub use quantized::{Grid, QuantizedWeight, ScaleDtype};

@@ -4,6 +4,7 @@ use super::Grid;
 use super::factor::Factor;
 use super::gemm::{View, ViewMut, product};
 use super::scales::Scales;
+use super::simd::vectorized;
 
 /// Columns between two updates of the gradient by GEMM.
 const DESCENT_BLOCK: usize = 64;
@@ -153,32 +154,29 @@ impl State<'_> {
                 let moved = &mut moved[i * lanes..][..lanes];
                 let (mine, gradient) = (column * lanes, &mut self.gradient[..]);
                 let errors = &mut self.errors[mine..][..lanes];
-                pulp::Arch::new().dispatch(
-                    #[inline(always)]
-                    || {
-                        for lane in 0..lanes {
-                            let value = (codes[lane] - zero[lane]) * scale[lane];
-                            let wanted = value + gradient[mine + lane] * inverse;
-                            let code = (wanted / scale[lane] + zero[lane])
-                                .round_ties_even()
-                                .max(0.0)
-                                .min(max_code);
-                            let step = (code - codes[lane]) * scale[lane];
-                            codes[lane] = code;
-                            errors[lane] -= step;
-                            moved[lane] = step;
+                vectorized!({
+                    for lane in 0..lanes {
+                        let value = (codes[lane] - zero[lane]) * scale[lane];
+                        let wanted = value + gradient[mine + lane] * inverse;
+                        let code = (wanted / scale[lane] + zero[lane])
+                            .round_ties_even()
+                            .max(0.0)
+                            .min(max_code);
+                        let step = (code - codes[lane]) * scale[lane];
+                        codes[lane] = code;
+                        errors[lane] -= step;
+                        moved[lane] = step;
+                    }
+                    // The rest of the block sees the move now, the other blocks after it.
+                    for (k, &h) in row.iter().enumerate() {
+                        for (value, &m) in gradient[(begin + k) * lanes..][..lanes]
+                            .iter_mut()
+                            .zip(moved.iter())
+                        {
+                            *value -= h * m;
                         }
-                        // The rest of the block sees the move now, the other blocks after it.
-                        for (k, &h) in row.iter().enumerate() {
-                            for (value, &m) in gradient[(begin + k) * lanes..][..lanes]
-                                .iter_mut()
-                                .zip(moved.iter())
-                            {
-                                *value -= h * m;
-                            }
-                        }
-                    },
-                );
+                    }
+                });
             }
             let others = [(0, begin), (begin + block, self.width - begin - block)];
             for (first, rows) in others.into_iter().filter(|(_, rows)| *rows > 0) {

@@ -2,6 +2,7 @@
 //!
 //! Layout: weights of a chunk are transposed, `[columns, lanes]`, a weight row a lane, so that the loops run along lanes.
 
+use super::simd::vectorized;
 use super::{Grid, QuantizedWeight};
 
 /// Shrink factors tried of the min–max scale: from 1 down to [`SHRINK_MIN`].
@@ -124,21 +125,18 @@ impl Lanes {
             &self.zero[..],
             &mut self.error[..],
         );
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                for (row, &importance) in weights.chunks_exact(lanes).zip(importance) {
-                    for i in 0..lanes {
-                        let code = (row[i] * inverse[i] + zero[i])
-                            .round_ties_even()
-                            .max(0.0)
-                            .min(max_code);
-                        let miss = row[i] - (code - zero[i]) * scale[i];
-                        error[i] += importance * miss * miss;
-                    }
+        vectorized!({
+            for (row, &importance) in weights.chunks_exact(lanes).zip(importance) {
+                for i in 0..lanes {
+                    let code = (row[i] * inverse[i] + zero[i])
+                        .round_ties_even()
+                        .max(0.0)
+                        .min(max_code);
+                    let miss = row[i] - (code - zero[i]) * scale[i];
+                    error[i] += importance * miss * miss;
                 }
-            },
-        );
+            }
+        });
     }
 
     fn keep_better(&mut self, scale: &mut [f64], zero: &mut [f64]) {

@@ -7,6 +7,7 @@ use super::factor::Factor;
 use super::gemm::{View, ViewMut, product};
 use super::refine::refine;
 use super::scales::{Scales, assemble, search};
+use super::simd::vectorized;
 use super::{Grid, QuantizedWeight};
 use serde::{Deserialize, Serialize};
 
@@ -185,40 +186,34 @@ impl Column<'_> {
     /// Rounds the column; returns the sum of squared residuals times R_ii², and the number of clipped codes.
     fn round(&self, codes: &mut [f64], errors: &mut [f64]) -> (f64, u64) {
         let inverse = self.pivot.recip();
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let (mut squares, mut clipped) = (0.0, 0.0);
-                for lane in 0..codes.len() {
-                    let (w, scale, zero) = (self.target[lane], self.scale[lane], self.zero[lane]);
-                    let t = w + self.carried[lane] * inverse;
-                    let free = (t / scale + zero).round_ties_even();
-                    let code = free.max(0.0).min(self.max_code);
-                    let value = (code - zero) * scale;
-                    codes[lane] = code;
-                    errors[lane] = w - value;
-                    let residual = (t - value) * self.pivot;
-                    squares += residual * residual;
-                    clipped += if code == free { 0.0 } else { 1.0 };
-                }
-                (squares, clipped as u64)
-            },
-        )
+        vectorized!({
+            let (mut squares, mut clipped) = (0.0, 0.0);
+            for lane in 0..codes.len() {
+                let (w, scale, zero) = (self.target[lane], self.scale[lane], self.zero[lane]);
+                let t = w + self.carried[lane] * inverse;
+                let free = (t / scale + zero).round_ties_even();
+                let code = free.max(0.0).min(self.max_code);
+                let value = (code - zero) * scale;
+                codes[lane] = code;
+                errors[lane] = w - value;
+                let residual = (t - value) * self.pivot;
+                squares += residual * residual;
+                clipped += if code == free { 0.0 } else { 1.0 };
+            }
+            (squares, clipped as u64)
+        })
     }
 }
 
 /// `later[k] += errors * r[k]` for the columns left in the block.
 fn feed(later: &mut [f64], r: &[f64], errors: &[f64]) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (row, &r) in later.chunks_exact_mut(errors.len()).zip(r) {
-                for (value, &e) in row.iter_mut().zip(errors) {
-                    *value += e * r;
-                }
+    vectorized!({
+        for (row, &r) in later.chunks_exact_mut(errors.len()).zip(r) {
+            for (value, &e) in row.iter_mut().zip(errors) {
+                *value += e * r;
             }
-        },
-    );
+        }
+    });
 }
 
 /// `[rows, columns]` f32 → `[columns, rows]` f64

@@ -3,6 +3,7 @@
 use super::Exponents;
 use crate::error::{Error, Result};
 use crate::numerics::gemm::{View, ViewMut, product};
+use crate::numerics::simd::vectorized;
 use serde::{Deserialize, Serialize};
 
 /// Rows of a panel: small enough that little of the diagonal block below the diagonal is computed in vain, large enough
@@ -196,24 +197,21 @@ fn overflow(channel: usize) -> Error {
 /// `sums[j] += round(products[j] · row_scale · scales[j])`; false if a value was not finite, too large, or a sum overflowed.
 fn add_row(sums: &mut [i64], products: &[f32], row_scale: f64, scales: &[f64]) -> bool {
     assert!(sums.len() == products.len() && sums.len() == scales.len());
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let mut bad = 0i64;
-            for ((sum, &p), &scale) in sums.iter_mut().zip(products).zip(scales) {
-                let value = f64::from(p) * (row_scale * scale);
-                // What is not below the limit is too large, NaN included.
-                let fits = value.abs() < BATCH_SUM_MAX;
-                bad |= i64::from(fits) - 1;
-                let rounded = ((value + ROUND).to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
-                let next = sum.wrapping_add(rounded);
-                // Overflow: both operands have the sign that the result has not.
-                bad |= ((*sum ^ next) & (rounded ^ next)) >> 63;
-                *sum = next;
-            }
-            bad == 0
-        },
-    )
+    vectorized!({
+        let mut bad = 0i64;
+        for ((sum, &p), &scale) in sums.iter_mut().zip(products).zip(scales) {
+            let value = f64::from(p) * (row_scale * scale);
+            // What is not below the limit is too large, NaN included.
+            let fits = value.abs() < BATCH_SUM_MAX;
+            bad |= i64::from(fits) - 1;
+            let rounded = ((value + ROUND).to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
+            let next = sum.wrapping_add(rounded);
+            // Overflow: both operands have the sign that the result has not.
+            bad |= ((*sum ^ next) & (rounded ^ next)) >> 63;
+            *sum = next;
+        }
+        bad == 0
+    })
 }
 
 #[cfg(test)]
