@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::operators::Halt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 use timely::worker::Worker;
 
@@ -12,7 +12,7 @@ pub const PARK: Duration = Duration::from_millis(100);
 
 /// Runs `build` on `workers` worker threads and steps them until their dataflows are done or the run halts.
 ///
-/// Kernels run on the worker's own thread; `threads` is what each may use inside a kernel of candle.
+/// Kernels run on the worker's own thread.
 ///
 /// # Errors
 /// The reason of the halt, or a panic of a worker, by its message.
@@ -21,10 +21,8 @@ where
     B: Fn(&mut Worker) -> Result<()> + Send + Sync + 'static,
 {
     let flag = Arc::clone(halt);
-    // One pool, of one thread: the worker's. Kernels that use rayon then stay on it.
-    let panicked: Arc<Mutex<Option<String>>> = Arc::default();
-    let message = Arc::clone(&panicked);
     let body = move |worker: &mut Worker| {
+        // A pool of one thread, the worker's own: kernels that use rayon then stay on it.
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(1)
             .use_current_thread()
@@ -59,8 +57,8 @@ where
     if let Some(reason) = halt.take() {
         return Err(reason);
     }
-    match (joined, message.lock().ok().and_then(|mut text| text.take())) {
-        (Ok(true), None) => Ok(()),
-        (_, text) => Err(Error::Worker(text.unwrap_or_else(|| "it panicked".into()))),
+    match joined {
+        Ok(true) => Ok(()),
+        _ => Err(Error::Worker("it panicked".into())),
     }
 }

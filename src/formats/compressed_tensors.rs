@@ -5,8 +5,8 @@
 //! down the rows. Readers hold signed codes and zero points and add `2^(bits-1)` to both before packing, which gives back
 //! the unsigned ones of a [`QuantizedWeight`]; a symmetric grid stores no zero point and means `2^(bits-1)`.
 //!
-//! Sources: compressed-tensors 0.20, `compressors/pack_quantized/{base,helpers}.py` and `quantization/quant_{args,scheme,config}.py`;
-//! vLLM, `compressed_tensors/schemes/compressed_tensors_wNa16.py` (4 and 8 bits only).
+//! Sources: compressed-tensors 0.20, `compressors/pack_quantized/{base,helpers}.py` and `quantization/quant_{args,scheme,config}.py`.
+//! vLLM is said to serve 4 and 8 bits of it; that was not checked here.
 
 use super::compressed_tensors_config as config;
 use super::raw::{Raw, scale_bytes, scale_type};

@@ -5,11 +5,11 @@
 //! Version 2 stores zero points as they are. Version 1 stores them minus one, field by field.
 //!
 //! **Version 1 cannot hold a zero point of 0**, and its readers disagree on what the field `2^bits - 1` means: GPTQModel adds one to
-//! the packed word, so that it carries into the neighbour; the exllama kernels (vLLM, SGLang) read `2^bits`. GPTQModel moreover
+//! the packed word, so that it carries into the neighbour; kernels that add field by field read `2^bits`. GPTQModel moreover
 //! refuses an asymmetric version 1 file that names no GPTQModel as its maker. So [`Gptq::V1`] writes symmetric grids only.
 //!
 //! Sources: GPTQModel 7.7, `nn_modules/qlinear/__init__.py` (unpacking), `utils/model.py` (`convert_gptq_v1_to_v2_format_module`),
-//! `models/loader.py` (the refusal), `quantization/config.py`; vLLM, `csrc/quantization/gptq/q_gemm.cu`.
+//! `models/loader.py` (the refusal), `quantization/config.py`.
 
 use super::raw::{Raw, scale_bytes};
 use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits, gptq_config, schemes};

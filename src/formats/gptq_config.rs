@@ -5,7 +5,7 @@
 //! one (`qkv_proj`), in a tower whose prefix it renames (`model.language_model.` is `language_model.model.` there); the patterns fit both.
 //!
 //! Sources: GPTQModel 7.7, `quantization/config.py` (`dynamic_get`, `from_quant_config`) and `utils/model.py`
-//! (`FUSED_PROJECTION_UNITS`); vLLM, `gptq_utils.py` (`get_dynamic_override`).
+//! (`FUSED_PROJECTION_UNITS`). What is said of vLLM was not checked against its sources.
 
 use super::schemes::{Scheme, schemes};
 use super::{LinearLayout, bits};
