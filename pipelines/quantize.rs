@@ -34,7 +34,7 @@ pub const REPORT: &str = "quantization_report.jsonl";
 /// Tokens of the probe that fixes the exponents of the sums.
 const PROBE_TOKENS: usize = 256;
 /// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
-const RESIDENT_BYTES_DEFAULT: u64 = 96 << 20;
+const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
 
 /// What to do.
 #[derive(Clone, Debug)]
