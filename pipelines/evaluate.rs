@@ -26,6 +26,7 @@ use std::time::Instant;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::{Exchange, Pipeline};
+use timely::dataflow::operators::core::OkErr;
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Capability, Concat, ConnectLoop, Feedback, Operator};
 
@@ -103,34 +104,19 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         Source::open(&job.reference, Device::Cpu)?,
     ];
     let [model, reference] = [&models[0].tower, &models[1].tower];
-    if model.spec.vocab_size != reference.spec.vocab_size {
-        return Err(Error::invalid(
-            job.model.display().to_string(),
-            format!(
-                "has a vocabulary of {}, the reference of {}",
-                model.spec.vocab_size, reference.spec.vocab_size
-            ),
-            "compare a quantized checkpoint with the one it was made from",
-        ));
+    for (what, ours, theirs) in [
+        ("tokens", model.spec.vocab_size, reference.spec.vocab_size),
+        ("decoder layers", model.blocks(), reference.blocks()),
+    ] {
+        if ours != theirs {
+            return Err(Error::invalid(
+                job.model.display().to_string(),
+                format!("has {ours} {what}, the reference {theirs}"),
+                "compare a quantized checkpoint with the one it was made from",
+            ));
+        }
     }
-    if model.blocks() != reference.blocks() {
-        return Err(Error::invalid(
-            job.model.display().to_string(),
-            format!(
-                "has {} decoder layers, the reference {}",
-                model.blocks(),
-                reference.blocks()
-            ),
-            "compare a quantized checkpoint with the one it was made from",
-        ));
-    }
-    let length = job
-        .windows
-        .batches
-        .iter()
-        .map(|batch| batch.length)
-        .max()
-        .unwrap_or(0);
+    let length = job.windows.length_max();
     if length < 2 {
         return Err(Error::usage(
             "--text",
@@ -248,7 +234,6 @@ fn blocks<'s>(
             }
         },
     );
-    use timely::dataflow::operators::core::OkErr;
     results.ok_err(|result| result)
 }
 
@@ -271,11 +256,10 @@ fn step(
             continue;
         }
         let loaded = shared.blocks.get((block * 2 + i) as u64, 4, || {
-            let linears = SiteKind::ALL
-                .iter()
-                .map(|&site| source.linears(block, site))
-                .collect::<Result<_>>()?;
-            Ok((source.tower.block(block, &shared.rotary[i])?, linears))
+            Ok((
+                source.tower.block(block, &shared.rotary[i])?,
+                source.block_linears(block)?,
+            ))
         })?;
         let (layer, linears) = &*loaded;
         let site = |site: SiteKind| &linears[site as usize][..];
@@ -390,12 +374,7 @@ fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
 /// Writes the logits of `model` on `windows` as an f32 tensor `logits`, `[windows, length, vocabulary]`, in a safetensors file.
 pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Result<()> {
     let source = Source::open(model, Device::Cpu)?;
-    let length = windows
-        .batches
-        .iter()
-        .map(|batch| batch.length)
-        .max()
-        .unwrap_or(0);
+    let length = windows.length_max();
     let rotary = source.tower.rotary(length)?;
     let tokens: Vec<u32> = windows
         .batches
@@ -405,10 +384,7 @@ pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Resul
     let mut residual = source.tower.embed(&tokens)?;
     for block in 0..source.tower.blocks() {
         let layer = source.tower.block(block, &rotary)?;
-        let linears: Vec<Vec<Linear>> = SiteKind::ALL
-            .iter()
-            .map(|&site| source.linears(block, site))
-            .collect::<Result<_>>()?;
+        let linears = source.block_linears(block)?;
         residual = layer.forward(&residual, length, |site| &linears[site as usize][..])?;
     }
     let logits = source.tower.head()?.logits(&residual)?;

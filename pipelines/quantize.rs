@@ -108,21 +108,15 @@ impl Job {
         Ok((tower, plan))
     }
 
-    fn batch_tokens(&self) -> usize {
-        self.calibration
-            .batches
-            .iter()
-            .map(|batch| batch.tokens.len())
-            .max()
-            .unwrap_or(0)
-    }
-
     /// Predicted peak of resident bytes, and the share of it that activations may take.
     ///
     /// # Errors
     /// `--memory` is less than what the run needs without a single resident activation.
     pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
-        let fixed = plan.fixed_bytes(self.workers, self.batch_tokens().max(PROBE_TOKENS));
+        let fixed = plan.fixed_bytes(
+            self.workers,
+            self.calibration.batch_tokens_max().max(PROBE_TOKENS),
+        );
         let streams = 1 + u64::from(self.recipe.match_original > 0.0);
         let tokens: u64 = self
             .calibration
@@ -215,13 +209,7 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     }
     copy_untouched(&tower, &plan, &output)?;
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
-    let length = job
-        .calibration
-        .batches
-        .iter()
-        .map(|batch| batch.length)
-        .max()
-        .unwrap_or(0);
+    let length = job.calibration.length_max();
     if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
         return Err(Error::usage(
             "--length",

@@ -8,10 +8,11 @@ use quantflow::pipelines::quantize::{Job, Summary, quantize};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe};
 use quantflow::report::{Observer, Row, Silent};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-vl")
@@ -246,50 +247,51 @@ fn finished(output: &Path) -> bool {
     output.join("config.json").exists() && !output.join(".quantflow").exists()
 }
 
-/// `kill -9` at arbitrary moments, then the same command to the end.
+/// The command that the tests below break off, in a shell line that may limit it first.
+fn command(prelude: &str, output: &Path) -> Command {
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("{prelude} exec \"$@\"")).arg("sh");
+    command.arg(env!("CARGO_BIN_EXE_quantflow"));
+    command.arg("quantize").arg(fixture().join("model"));
+    command
+        .arg("--calibration")
+        .arg(fixture().join("data/text_calib.jsonl"));
+    command.arg("-o").arg(output);
+    command.args("--samples 12 --length 128 --group-size 64 --json".split(' '));
+    command
+}
+
+fn finished_digest(output: &Path) -> String {
+    let result = command("", output).output().unwrap();
+    assert!(
+        result.status.success(),
+        "{}",
+        String::from_utf8_lossy(&result.stderr)
+    );
+    let summary: serde_json::Value = serde_json::from_slice(&result.stdout).unwrap();
+    summary["output_digest"].as_str().unwrap().to_owned()
+}
+
+/// `kill -9` at random moments, then the same command to the end.
 #[test]
 fn a_killed_run_continues_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let command = |output: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quantflow"));
-        command
-            .arg("quantize")
-            .arg(fixture().join("model"))
-            .arg("-o")
-            .arg(output);
-        command
-            .arg("--calibration")
-            .arg(fixture().join("data/text_calib.jsonl"));
-        command.args([
-            "--samples",
-            "12",
-            "--length",
-            "128",
-            "--group-size",
-            "64",
-            "--json",
-        ]);
-        command.stdout(Stdio::piped()).stderr(Stdio::null());
-        command
-    };
-    let digest = |output: &Path| -> String {
-        let result = command(output).output().unwrap();
-        assert!(result.status.success());
-        let summary: serde_json::Value = serde_json::from_slice(&result.stdout).unwrap();
-        summary["output_digest"].as_str().unwrap().to_owned()
-    };
     let begin = std::time::Instant::now();
-    let whole = digest(&folder.path().join("whole"));
+    let whole = finished_digest(&folder.path().join("whole"));
     let taken = begin.elapsed();
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seed = seed.unwrap().as_nanos() as u64;
+    println!("seed {seed}");
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
     let output = folder.path().join("killed");
-    // Moments spread over the run by the golden ratio; each attempt begins where the last one got to.
-    for attempt in 1..=6u32 {
-        let mut child = command(&output).spawn().unwrap();
-        std::thread::sleep(
-            taken
-                .mul_f64((f64::from(attempt) * 0.618) % 1.0)
-                .max(Duration::from_millis(5)),
-        );
+    // Each attempt begins where the last one got to.
+    for _ in 0..6 {
+        let mut child = command("", &output)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(taken.mul_f64(f64::from(random.next_u32()) / f64::from(u32::MAX)));
         child.kill().unwrap();
         child.wait().unwrap();
         if finished(&output) {
@@ -297,12 +299,47 @@ fn a_killed_run_continues_to_the_same_bytes() {
         }
     }
     if !finished(&output) {
-        assert_eq!(digest(&output), whole);
+        assert_eq!(finished_digest(&output), whole);
     }
     assert_eq!(
         verify(&output, &fixture().join("model")).unwrap().output_digest,
         whole
     );
+}
+
+/// A write that fails part of the way, as on a full disk: a file may not grow beyond a limit.
+#[test]
+fn a_failed_write_is_an_error_that_names_the_file_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = finished_digest(&folder.path().join("whole"));
+    let output = folder.path().join("limited");
+    // In blocks of 512 bytes: the first ledger record, then the shard, and at last only what exceeds a whole shard.
+    for blocks in [0, 2, 64, 512] {
+        let result = command(&format!("trap '' XFSZ; ulimit -f {blocks};"), &output);
+        let result = { result }.output().unwrap();
+        let text = String::from_utf8_lossy(&result.stderr);
+        assert_eq!(result.status.code(), Some(1), "{blocks}: {text}");
+        assert!(text.contains(&*output.to_string_lossy()), "{blocks}: {text}");
+        assert!(
+            !output.join("config.json").exists(),
+            "{blocks}: it looks finished"
+        );
+    }
+    assert_eq!(finished_digest(&output), whole);
+}
+
+#[test]
+fn an_output_that_cannot_be_made_is_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "not a folder").unwrap();
+    for output in [file.join("out"), file.clone()] {
+        let result = command("", &output).output().unwrap();
+        let text = String::from_utf8_lossy(&result.stderr);
+        assert_eq!(result.status.code(), Some(1), "{text}");
+        assert!(text.contains(&*output.to_string_lossy()), "{text}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), b"not a folder");
 }
 
 #[test]

@@ -118,6 +118,20 @@ pub struct Calibration {
     pub usage: Usage,
 }
 
+impl Calibration {
+    /// Tokens of the longest sequence; 0 without batches.
+    pub fn length_max(&self) -> usize {
+        let lengths = self.batches.iter().map(|batch| batch.length);
+        lengths.max().unwrap_or(0)
+    }
+
+    /// Tokens of the largest batch; 0 without batches.
+    pub fn batch_tokens_max(&self) -> usize {
+        let tokens = self.batches.iter().map(|batch| batch.tokens.len());
+        tokens.max().unwrap_or(0)
+    }
+}
+
 /// What to calibrate with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {

@@ -63,4 +63,12 @@ impl Source {
             )
             .collect()
     }
+
+    /// The linears of every site of a block, in the order of [`SiteKind::ALL`].
+    pub fn block_linears(&self, block: usize) -> Result<Vec<Vec<Linear>>> {
+        SiteKind::ALL
+            .iter()
+            .map(|&site| self.linears(block, site))
+            .collect()
+    }
 }

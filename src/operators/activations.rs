@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::storage::ScratchFile;
 use bytemuck::cast_slice;
 use candle_core::{Device, Tensor};
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -180,12 +180,12 @@ impl ActivationStore {
         let mut values = vec![0f32; count];
         match entry.precision {
             Precision::F32 => bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes),
-            Precision::Bf16 => widen(bytes, bf16::from_bits, |wide| {
-                wide.convert_to_f32_slice(&mut values)
-            }),
-            Precision::F16 => widen(bytes, f16::from_bits, |wide| {
-                wide.convert_to_f32_slice(&mut values)
-            }),
+            Precision::Bf16 => halves(bytes)
+                .reinterpret_cast::<bf16>()
+                .convert_to_f32_slice(&mut values),
+            Precision::F16 => halves(bytes)
+                .reinterpret_cast::<f16>()
+                .convert_to_f32_slice(&mut values),
         }
         Ok(Some(Tensor::from_vec(
             values,
@@ -212,10 +212,7 @@ impl ActivationStore {
     }
 }
 
-fn widen<T>(bytes: &[u8], element: fn(u16) -> T, convert: impl FnOnce(&[T])) {
-    let wide: Vec<T> = bytes
-        .chunks_exact(2)
-        .map(|pair| element(u16::from_le_bytes([pair[0], pair[1]])))
-        .collect();
-    convert(&wide);
+/// The same bytes, aligned.
+fn halves(bytes: &[u8]) -> Vec<u16> {
+    bytemuck::allocation::pod_collect_to_vec(bytes)
 }
