@@ -281,7 +281,6 @@ fn a_killed_run_continues_to_the_same_bytes() {
     let taken = begin.elapsed();
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seed = seed.unwrap().as_nanos() as u64;
-    println!("seed {seed}");
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let output = folder.path().join("killed");
     // Each attempt begins where the last one got to.
@@ -291,7 +290,8 @@ fn a_killed_run_continues_to_the_same_bytes() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(taken.mul_f64(f64::from(random.next_u32()) / f64::from(u32::MAX)));
+        let moment = taken.mul_f64(f64::from(random.next_u32()) / f64::from(u32::MAX));
+        std::thread::sleep(moment);
         child.kill().unwrap();
         child.wait().unwrap();
         if finished(&output) {
@@ -299,11 +299,12 @@ fn a_killed_run_continues_to_the_same_bytes() {
         }
     }
     if !finished(&output) {
-        assert_eq!(finished_digest(&output), whole);
+        assert_eq!(finished_digest(&output), whole, "seed {seed}");
     }
     assert_eq!(
         verify(&output, &fixture().join("model")).unwrap().output_digest,
-        whole
+        whole,
+        "seed {seed}"
     );
 }
 
@@ -332,7 +333,7 @@ fn a_failed_write_is_an_error_that_names_the_file_and_loses_nothing() {
 fn an_output_that_cannot_be_made_is_an_error_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
-    std::fs::write(&file, "not a folder").unwrap();
+    quantflow::storage::write_whole(&file, b"not a folder").unwrap();
     for output in [file.join("out"), file.clone()] {
         let result = command("", &output).output().unwrap();
         let text = String::from_utf8_lossy(&result.stderr);
