@@ -6,9 +6,9 @@
 //! ```
 
 use super::run;
-use crate::calibration::Calibration;
+use crate::calibration::{Batch, Calibration};
 use crate::error::{Error, Result};
-use crate::model::{Block, Head, Linear, Rotary, SiteKind, Source};
+use crate::model::{Block, Linear, Rotary, SiteKind, Source, Tower};
 use crate::numerics::divergence::{Divergence, compare};
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
@@ -30,8 +30,8 @@ use timely::dataflow::operators::core::OkErr;
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Capability, Concat, ConnectLoop, Feedback, Operator};
 
-/// Rows of logits at a time: 64 × 256,000 in f32 are 64 MiB a model.
-const SCORE_ROWS: usize = 64;
+/// Logits of one model at a time, in f32.
+const LOGITS_BYTES: usize = 32 << 20;
 /// Activations that stay in memory, over all workers.
 const RESIDENT_BYTES: usize = 256 << 20;
 
@@ -77,7 +77,6 @@ struct Shared {
     windows: Calibration,
     rotary: [Vec<Arc<Rotary>>; 2],
     blocks: Shelf<(Block, Vec<Vec<Linear>>)>,
-    heads: Shelf<Head>,
     observer: Arc<dyn Observer>,
     halt: Arc<Halt>,
 }
@@ -105,7 +104,11 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     ];
     let [model, reference] = [&models[0].tower, &models[1].tower];
     for (what, ours, theirs) in [
-        ("tokens", model.spec.vocab_size, reference.spec.vocab_size),
+        (
+            "tokens in its vocabulary",
+            model.spec.vocab_size,
+            reference.spec.vocab_size,
+        ),
         ("decoder layers", model.blocks(), reference.blocks()),
     ] {
         if ours != theirs {
@@ -136,7 +139,6 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         windows: job.windows,
         rotary,
         blocks: Shelf::default(),
-        heads: Shelf::default(),
         observer: Arc::clone(observer),
         halt: Arc::clone(halt),
     });
@@ -267,38 +269,34 @@ fn step(
     }
     match &residuals[..] {
         [model, reference] => {
-            let head = |i: usize| shared.heads.get(i as u64, 2, || shared.models[i].tower.head());
-            let (model_head, reference_head) = (head(0)?, head(1)?);
-            score(
-                batch.length,
-                position,
-                &batch.tokens,
-                (&model_head, model),
-                (&reference_head, reference),
-            )
-            .map(|windows| windows.into_iter().map(Err).collect())
+            let [ours, theirs] = [&shared.models[0].tower, &shared.models[1].tower];
+            let windows = score(batch, position, (ours, model), (theirs, reference))?;
+            Ok(windows.into_iter().map(Err).collect())
         }
         _ => Ok(vec![Ok(position)]),
     }
 }
 
+/// Compares every position of a batch's windows but each last one, whose next token is not known.
 fn score(
-    length: usize,
+    batch: &Batch,
     position: usize,
-    tokens: &[u32],
-    model: (&Head, &Tensor),
-    reference: (&Head, &Tensor),
+    model: (&Tower, &Tensor),
+    reference: (&Tower, &Tensor),
 ) -> Result<Vec<WindowScore>> {
+    let length = batch.length;
+    let vocab = model.0.spec.vocab_size;
+    let rows_max = (LOGITS_BYTES / 4 / vocab).max(1);
     let mut windows = Vec::new();
-    for (number, tokens) in tokens.chunks_exact(length).enumerate() {
+    for (number, tokens) in batch.tokens.chunks_exact(length).enumerate() {
         let mut all: Vec<Divergence> = Vec::with_capacity(length - 1);
-        for begin in (0..length - 1).step_by(SCORE_ROWS) {
-            let rows = SCORE_ROWS.min(length - 1 - begin);
-            let logits = |(head, residual): (&Head, &Tensor)| -> Result<(Vec<f32>, usize)> {
-                let logits = head.logits(&residual.narrow(0, number * length + begin, rows)?)?;
-                Ok((logits.flatten_all()?.to_vec1::<f32>()?, logits.dim(1)?))
+        for begin in (0..length - 1).step_by(rows_max) {
+            let rows = rows_max.min(length - 1 - begin);
+            let logits = |(tower, residual): (&Tower, &Tensor)| -> Result<Vec<f32>> {
+                let rows = residual.narrow(0, number * length + begin, rows)?;
+                Ok(tower.logits(&rows)?.flatten_all()?.to_vec1()?)
             };
-            let ((ours, vocab), (theirs, _)) = (logits(model)?, logits(reference)?);
+            let (ours, theirs) = (logits(model)?, logits(reference)?);
             let targets = &tokens[begin + 1..];
             let pairs = theirs
                 .chunks_exact(vocab)
@@ -387,7 +385,7 @@ pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Resul
         let linears = source.block_linears(block)?;
         residual = layer.forward(&residual, length, |site| &linears[site as usize][..])?;
     }
-    let logits = source.tower.head()?.logits(&residual)?;
+    let logits = source.tower.logits(&residual)?;
     let values = logits.flatten_all()?.to_vec1::<f32>()?;
     let shape = vec![tokens.len() / length, length, source.tower.spec.vocab_size];
     let bytes = bytemuck::cast_slice(&values);

@@ -67,14 +67,13 @@ fn differences(folder: &Path) -> Vec<(String, f32)> {
         let name = format!("hidden_{i}");
         found.push((name.clone(), difference(&residual, &golden[&name])));
     }
-    let head = tower.head().unwrap();
     found.push((
         "hidden".into(),
-        difference(&head.normed(&residual).unwrap(), &golden["hidden"]),
+        difference(&tower.final_norm(&residual).unwrap(), &golden["hidden"]),
     ));
     found.push((
         "logits".into(),
-        difference(&head.logits(&residual).unwrap(), &golden["logits"]),
+        difference(&tower.logits(&residual).unwrap(), &golden["logits"]),
     ));
     assert_eq!(
         found.len() + 1,

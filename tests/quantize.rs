@@ -314,10 +314,11 @@ fn a_failed_write_is_an_error_that_names_the_file_and_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let whole = finished_digest(&folder.path().join("whole"));
     let output = folder.path().join("limited");
-    // In blocks of 512 bytes: the first ledger record, then the shard, and at last only what exceeds a whole shard.
+    // The largest size of a file, in blocks of 512 bytes; each attempt gets further.
     for blocks in [0, 2, 64, 512] {
-        let result = command(&format!("trap '' XFSZ; ulimit -f {blocks};"), &output);
-        let result = { result }.output().unwrap();
+        let result = command(&format!("trap '' XFSZ; ulimit -f {blocks};"), &output)
+            .output()
+            .unwrap();
         let text = String::from_utf8_lossy(&result.stderr);
         assert_eq!(result.status.code(), Some(1), "{blocks}: {text}");
         assert!(text.contains(&*output.to_string_lossy()), "{blocks}: {text}");

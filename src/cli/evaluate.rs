@@ -20,7 +20,7 @@ pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Out
         (None, None) => unreachable!("clap requires one of them"),
     };
     if let Some(count) = arguments.windows {
-        let length = windows.batches.first().map_or(1, |batch| batch.length);
+        let length = windows.length_max().max(1);
         let mut tokens: Vec<u32> = windows
             .batches
             .iter()

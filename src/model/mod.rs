@@ -12,4 +12,4 @@ mod tower;
 pub use block::{Block, Linear, LinearSpec, Norms, SiteKind};
 pub use rotary::Rotary;
 pub use source::Source;
-pub use tower::{Head, Tower};
+pub use tower::Tower;

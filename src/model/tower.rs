@@ -13,6 +13,9 @@ use safetensors::Dtype;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Bytes of the head, as stored, that are widened at a time.
+const HEAD_PANEL_BYTES: usize = 16 << 20;
+
 /// A checkpoint whose text tower is understood.
 #[derive(Debug)]
 pub struct Tower {
@@ -299,36 +302,36 @@ impl Tower {
         linears.iter().map(|linear| self.linear(block, linear)).collect()
     }
 
-    /// The final norm and the head: `hidden [tokens, hidden] → logits [tokens, vocabulary]` in f32.
-    pub fn head(&self) -> Result<Head> {
-        Ok(Head {
-            norm: self.load_norm(&format!("{}norm.weight", self.names.tower))?,
-            eps: self.spec.block.norm.eps,
-            weight: self.load(&self.head_name())?,
-            softcap: self.spec.final_softcap,
-        })
-    }
-}
-
-/// Final norm and output projection.
-#[derive(Debug)]
-pub struct Head {
-    norm: Tensor,
-    eps: f32,
-    weight: Tensor,
-    softcap: Option<f32>,
-}
-
-impl Head {
-    /// The final norm alone.
-    pub fn normed(&self, residual: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::ops::rms_norm(residual, &self.norm, self.eps)?)
+    /// The final norm of `residual`, the last block's output: `[tokens, hidden]`.
+    pub fn final_norm(&self, residual: &Tensor) -> Result<Tensor> {
+        let weight = self.load_norm(&format!("{}norm.weight", self.names.tower))?;
+        Ok(candle_nn::ops::rms_norm(
+            residual,
+            &weight,
+            self.spec.block.norm.eps,
+        )?)
     }
 
-    /// Logits of `residual`, the last block's output.
+    /// Logits of `residual`, the last block's output: `[tokens, vocabulary]` in f32. The head, often the largest tensor
+    /// of a checkpoint, is never whole in memory.
     pub fn logits(&self, residual: &Tensor) -> Result<Tensor> {
-        let logits = self.normed(residual)?.matmul(&self.weight.t()?)?;
-        match self.softcap {
+        let normed = self.final_norm(residual)?;
+        let name = self.head_name();
+        let head = self.checkpoint.tensor(&name)?;
+        let row_bytes = head.bytes.len() / self.spec.vocab_size;
+        let panel_bytes = (HEAD_PANEL_BYTES / row_bytes).max(1) * row_bytes;
+        let panels = head.bytes.chunks(panel_bytes).map(|bytes| {
+            let shape = [bytes.len() / row_bytes, self.spec.hidden_size];
+            let panel = TensorView {
+                bytes,
+                shape: &shape,
+                ..head
+            };
+            Ok(normed.matmul(&widen(&panel, &self.device)?.t()?)?)
+        });
+        let logits = Tensor::cat(&panels.collect::<Result<Vec<_>>>()?, 1)?;
+        self.checkpoint.release(&name);
+        match self.spec.final_softcap {
             Some(cap) => Ok(((logits / f64::from(cap))?.tanh()? * f64::from(cap))?),
             None => Ok(logits),
         }
