@@ -122,7 +122,7 @@ pub(super) struct QuantizeArguments {
     /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
     #[arg(long, value_name = "F", help_heading = "Scheme")]
     pub match_original: Option<f64>,
-    /// Rounds of scale refit and coordinate descent after GPTQ
+    /// Rounds of scale refit and coordinate descent after GPTQ; default: 2, or none with --match-original 0
     #[arg(long, value_name = "N", help_heading = "Scheme")]
     pub refine: Option<usize>,
     /// compressed-tensors, gptq or gptq-v2
@@ -256,10 +256,9 @@ impl QuantizeArguments {
     /// The recipe that was named, with the flags that were given over it.
     pub(super) fn resolve(&self) -> Result<Recipe> {
         let mut recipe = Recipe::find(&self.recipe)?;
-        let set = |value: &mut usize, flag: Option<usize>| *value = flag.unwrap_or(*value);
         recipe.bits = self.bits.unwrap_or(recipe.bits);
-        set(&mut recipe.group_size, self.group_size);
-        set(&mut recipe.refine_rounds, self.refine);
+        recipe.group_size = self.group_size.unwrap_or(recipe.group_size);
+        recipe.refine_rounds = self.refine.or(recipe.refine_rounds);
         recipe.group_fallback |= self.group_fallback;
         recipe.symmetric = !self.asymmetric && (self.symmetric || recipe.symmetric);
         if let Some(order) = self.actorder {

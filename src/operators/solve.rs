@@ -77,7 +77,7 @@ fn solve_chunk(
             let recipe = &shared.plan.recipe;
             let options = GptqOptions {
                 match_original: recipe.match_original,
-                refine_rounds: recipe.refine_rounds,
+                refine_rounds: recipe.refine_rounds(),
             };
             Some(match &factored.factor {
                 Some(factor) => gptq(&weights, factor, grid, options),
