@@ -26,6 +26,7 @@ pub(super) enum Command {
     /// Quantize a Hugging Face checkpoint directory
     ///
     /// Example: quantflow quantize ./Qwen3-8B -o ./Qwen3-8B-W4 --calibration texts.jsonl
+    ///
     /// Vision towers, projectors and heads are left as they are, byte for byte.
     Quantize(QuantizeArguments),
     /// Say what `quantize` would do, and how much memory it would take; runs nothing
