@@ -4,6 +4,7 @@
 //! steps ─gated by a probe─► solve ─by linear─► pack ─► commit ─► output shards, ledger
 //! ```
 
+use super::run::feed;
 use crate::operators::Local;
 use crate::operators::commit::commit;
 use crate::operators::pack::pack;
@@ -28,21 +29,9 @@ pub fn run(worker: &mut Worker, local: &Rc<Local>) {
         let packed = pack(chunks, Rc::clone(local));
         commit(packed, Rc::clone(local)).probe_with(&probe);
     });
-    let first = (local.shared.output.blocks_done() * crate::model::SiteKind::ALL.len()) as u64;
-    let halted = || local.shared.halt.is_raised();
-    for step in first..local.shared.plan.steps() {
-        input.advance_to(step);
-        // Every worker solves its share of every step.
-        input.send(Factored {
-            factor: None,
-            tokens: 0,
-        });
-        input.advance_to(step + 1);
-        while probe.less_than(&(step + 1).saturating_sub(STEPS_IN_FLIGHT)) && !halted() {
-            worker.step_or_park(Some(super::run::PARK));
-        }
-        if halted() {
-            return;
-        }
-    }
+    let record = Factored {
+        factor: None,
+        tokens: 0,
+    };
+    feed(worker, local, input, &probe, STEPS_IN_FLIGHT, &record);
 }

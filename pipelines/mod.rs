@@ -5,4 +5,6 @@ pub mod evaluate;
 pub mod quantize;
 pub mod run;
 pub mod sequential;
+pub mod solve;
+pub mod statistics;
 pub mod verify;

@@ -1,27 +1,25 @@
 //! One quantization run from directory to directory: opens, plans, picks the graph, drives it, finishes the output.
 
-use super::{data_free, run, sequential};
-use crate::calibration::{self, Calibration, Usage};
+use super::statistics::{self, Change};
+use super::{data_free, run, sequential, solve};
+use crate::artifact::{Artifact, HEADER};
+use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
 use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, copy_tensors, hex};
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::{Ledger, Record};
 use crate::model::Tower;
-use crate::operators::activations::{ActivationStore, Precision};
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
-use crate::operators::{Halt, Local, Shared};
+use crate::operators::{Halt, Pass, Shared};
 use crate::plan::Plan;
 use crate::recipe::{Method, Recipe};
 use crate::report::{self, CpuClock, Observer, Row};
 use crate::storage::{self, FolderLock};
 use candle_core::Device;
-use safetensors::Dtype;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -32,9 +30,7 @@ pub const PROVENANCE: &str = "quantflow.json";
 /// A row a linear.
 pub const REPORT: &str = "quantization_report.jsonl";
 /// Tokens of the probe that fixes the exponents of the sums.
-const PROBE_TOKENS: usize = 256;
-/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
-const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
+pub const PROBE_TOKENS: usize = 256;
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -45,8 +41,10 @@ pub struct Job {
     pub output: PathBuf,
     /// Scheme, method, format.
     pub recipe: Recipe,
-    /// Batches; empty for round-to-nearest.
+    /// Batches; empty for round-to-nearest, and where there are statistics.
     pub calibration: Calibration,
+    /// Statistics to solve from, instead of forward passes.
+    pub statistics: Option<Arc<Artifact>>,
     /// Worker threads.
     pub workers: usize,
     /// Budget of resident bytes; `None` for what the run needs with a small store of activations.
@@ -117,50 +115,23 @@ impl Job {
             self.workers,
             self.calibration.batch_tokens_max().max(PROBE_TOKENS),
         );
-        let streams = 1 + u64::from(self.recipe.match_original > 0.0);
-        let tokens: u64 = self
-            .calibration
-            .batches
-            .iter()
-            .map(|batch| batch.tokens.len() as u64)
-            .sum();
-        let widths = plan.linears.first().map_or(0, |l| l.columns * 4)
-            + plan.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
-        let activations = tokens * streams * widths as u64;
-        let resident = match self.memory {
-            None => RESIDENT_BYTES_DEFAULT,
-            Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
-                Error::usage(
-                    "--memory",
-                    format!(
-                        "{budget} bytes do not hold one block of this model with {} workers",
-                        self.workers
-                    ),
-                    format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
-                )
-            })?,
-        };
-        let resident = resident.min(activations);
-        Ok((fixed + resident, resident))
+        let streams = 1 + usize::from(self.recipe.match_original > 0.0);
+        let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
+        let activations = plan.activation_bytes(tokens.sum(), streams);
+        plan.fit(self.memory, fixed, activations, self.workers)
+    }
+
+    /// Tokens behind the statistics.
+    pub fn calibration_tokens(&self) -> u64 {
+        let kept = self.statistics.as_ref().map(|artifact| artifact.header.tokens());
+        kept.unwrap_or(self.calibration.usage.tokens_used)
     }
 
     /// A digest of everything that decides the output's bytes.
     fn fingerprint(&self, tower: &Tower) -> Result<String> {
         let mut hash = Sha256::new();
         let text = |value: &serde_json::Value| value.to_string();
-        hash.update(text(tower.checkpoint.config()));
-        for name in tower.checkpoint.names() {
-            if let Some(spec) = tower.checkpoint.spec(name) {
-                hash.update(format!("{name} {:?} {:?}\n", spec.dtype, spec.shape));
-            }
-        }
-        // The first norm stands for the weights: hashing all of them would read the whole checkpoint.
-        hash.update(
-            tower
-                .checkpoint
-                .tensor(&format!("{}input_layernorm.weight", tower.block_prefix(0)))?
-                .bytes,
-        );
+        hash.update(tower.checkpoint.digest());
         let recipe = serde_json::to_value(&self.recipe);
         hash.update(text(
             &recipe.map_err(|error| Error::invalid("recipe", error.to_string(), ""))?,
@@ -168,6 +139,9 @@ impl Job {
         hash.update(self.shard_bytes_max.to_le_bytes());
         for batch in &self.calibration.batches {
             hash.update(format!("{}\n", batch.id));
+        }
+        if let Some(artifact) = &self.statistics {
+            hash.update(artifact.header.digest());
         }
         Ok(hex(&hash.finalize()))
     }
@@ -180,7 +154,7 @@ impl Job {
 pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
     let begin = (Instant::now(), report::process_cpu());
     let (tower, plan) = job.plan()?;
-    if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() {
+    if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() && job.statistics.is_none() {
         return Err(Error::usage(
             "--calibration",
             "GPTQ needs calibration text",
@@ -196,7 +170,7 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     let (ledger, records) = Ledger::open(&work.join("ledger"), &fingerprint)?;
     let writer = OutputWriter::open(&job.output, OutputLayout::new(&plan.output, job.shard_bytes_max)?)?;
     let output = Output {
-        writer,
+        writer: Some(writer),
         ledger: Mutex::new(ledger),
         records: Mutex::new(records),
     };
@@ -217,16 +191,15 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
             format!("use --length {longest} or less"),
         ));
     }
-    let site_precision = match tower.weight_dtype() {
-        Dtype::BF16 => Precision::Bf16,
-        Dtype::F16 => Precision::F16,
-        _ => Precision::F32,
-    };
     let shared = Arc::new(Shared {
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
         plan,
         batches: job.calibration.batches.clone(),
+        pass: match job.recipe.match_original > 0.0 {
+            true => Pass::Both,
+            false => Pass::Quantized,
+        },
         probe,
         stages: Stages::default(),
         output,
@@ -235,7 +208,7 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
         halt: Arc::clone(halt),
     });
     if resumed_blocks < shared.plan.blocks() {
-        drive(job, &shared, resident as usize / job.workers, site_precision)?;
+        drive(job, &shared, resident as usize / job.workers)?;
     }
     let summary = finish(job, shared, &fingerprint, |summary| {
         summary.elapsed_seconds = begin.0.elapsed().as_secs_f64();
@@ -245,6 +218,56 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     })?;
     storage::remove(&work)?;
     Ok(summary)
+}
+
+/// As [`quantize`], from statistics of the original model over `documents`, which are collected first and not kept.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn independent(
+    job: &Job,
+    documents: Documents,
+    observer: &Arc<dyn Observer>,
+    halt: &Arc<Halt>,
+) -> Result<Summary> {
+    prepare_folder(job)?;
+    let folder = job.output.join(WORK_FOLDER).join("statistics");
+    let mut given: Vec<ContentId> = documents.placed.iter().map(|document| document.id).collect();
+    if !folder.join(HEADER).is_file() {
+        let collect = statistics::Job {
+            model: job.model.clone(),
+            folder: folder.clone(),
+            change: Change::Collect,
+            documents,
+            workers: job.workers,
+            memory: job.memory,
+            scratch: job.scratch.clone(),
+            fresh: false,
+        };
+        statistics::update(&collect, observer, halt)?;
+    }
+    let artifact = Artifact::open(&folder)?;
+    let mut held: Vec<ContentId> = artifact
+        .header
+        .documents
+        .iter()
+        .map(|document| document.id)
+        .collect();
+    given.sort_unstable();
+    held.sort_unstable();
+    if given != held {
+        return Err(Error::invalid(
+            job.output.display().to_string(),
+            "the unfinished run in this folder has another calibration",
+            "repeat its command to continue it, or pass --fresh to forget it",
+        ));
+    }
+    let solve = Job {
+        statistics: Some(Arc::new(artifact)),
+        fresh: false,
+        ..job.clone()
+    };
+    quantize(&solve, observer, halt)
 }
 
 /// Refuses a folder that holds something else; forgets what `fresh` says.
@@ -293,16 +316,13 @@ fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
     if done {
         return Ok(());
     }
-    copy_tensors(
-        &tower.checkpoint,
-        plan.copied.iter().map(String::as_str),
-        &output.writer,
-    )?;
-    output.writer.sync()?;
+    let copied = plan.copied.iter().map(String::as_str);
+    copy_tensors(&tower.checkpoint, copied, output.writer()?)?;
+    output.writer()?.sync()?;
     output.note(Record::Copied)
 }
 
-fn drive(job: &Job, shared: &Arc<Shared>, resident: usize, precision: Precision) -> Result<()> {
+fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
     let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
     let units = left * 4 * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
@@ -310,27 +330,22 @@ fn drive(job: &Job, shared: &Arc<Shared>, resident: usize, precision: Precision)
         .scratch
         .clone()
         .unwrap_or_else(|| job.output.join(WORK_FOLDER));
-    storage::create_folder(&scratch)?;
     let order = job
         .arrival
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
-    let for_workers = Arc::clone(shared);
-    let method = job.recipe.method;
-    run::on_workers(job.workers, &shared.halt, move |worker| {
-        let local = Rc::new(Local {
-            shared: Arc::clone(&for_workers),
-            index: worker.index(),
-            peers: worker.peers(),
-            store: RefCell::new(ActivationStore::new(&scratch, resident, precision)),
-            batches: RefCell::default(),
-        });
-        match method {
-            Method::Gptq => sequential::build(worker, &local, &order),
-            Method::Rtn => data_free::run(worker, &local),
-        }
-        Ok(())
-    })
+    let (method, statistics) = (job.recipe.method, job.statistics.clone());
+    run::with_locals(
+        job.workers,
+        shared,
+        &scratch,
+        resident,
+        move |worker, local| match (method, &statistics) {
+            (Method::Rtn, _) => data_free::run(worker, local),
+            (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),
+            (Method::Gptq, None) => sequential::build(worker, local, &order),
+        },
+    )
 }
 
 /// Digests, gives everything its final name, writes what readers and people want beside the weights; `config.json` last, without
@@ -359,15 +374,17 @@ fn finish(
         )));
     }
     observer.phase("finish", 1);
-    let output_digest = output.writer.digest()?;
-    let output_bytes = output
+    let writer = output
         .writer
+        .ok_or_else(|| Error::Worker("this run writes no checkpoint".into()))?;
+    let output_digest = writer.digest()?;
+    let output_bytes = writer
         .layout()
         .tensors()
         .values()
         .map(|at| at.spec.byte_len() as u64)
         .sum();
-    output.writer.finish()?;
+    writer.finish()?;
     let layouts = plan.layouts();
     let folder = &job.output;
     for (name, content) in plan.format.side_files(&layouts) {
@@ -383,7 +400,7 @@ fn finish(
         peak_host_bytes: report::peak_host_bytes(),
         peak_device_bytes: 0,
         plan_peak_host_bytes: 0,
-        calibration_tokens: job.calibration.usage.tokens_used,
+        calibration_tokens: job.calibration_tokens(),
         linears: rows.len(),
         fallbacks: rows.iter().filter(|row| row.is_warning()).count(),
         relative_error_mean: rows.iter().map(|row| row.relative_error).sum::<f64>()

@@ -1,10 +1,18 @@
 //! Runs a graph on the workers of one process, and turns whatever goes wrong on a worker into one error.
 
 use crate::error::{Error, Result};
-use crate::operators::Halt;
+use crate::operators::activations::{ActivationStore, Precision};
+use crate::operators::{Halt, Local, Shared};
+use crate::storage;
+use safetensors::Dtype;
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use timely::container::CapacityContainerBuilder;
+use timely::dataflow::{InputHandle, ProbeHandle};
 use timely::worker::Worker;
 
 /// Longest sleep of an idle worker: it looks at the halt flag so often.
@@ -60,5 +68,60 @@ where
     match joined {
         Ok(true) => Ok(()),
         _ => Err(Error::Worker("it panicked".into())),
+    }
+}
+
+/// As [`on_workers`], each worker with its [`Local`]; activations beyond `resident` bytes a worker go to a file in `scratch`.
+pub fn with_locals<B>(
+    workers: usize,
+    shared: &Arc<Shared>,
+    scratch: &Path,
+    resident: usize,
+    build: B,
+) -> Result<()>
+where
+    B: Fn(&mut Worker, &Rc<Local>) + Send + Sync + 'static,
+{
+    storage::create_folder(scratch)?;
+    let precision = match shared.tower.weight_dtype() {
+        Dtype::BF16 => Precision::Bf16,
+        Dtype::F16 => Precision::F16,
+        _ => Precision::F32,
+    };
+    let (for_workers, scratch) = (Arc::clone(shared), scratch.to_owned());
+    on_workers(workers, &shared.halt, move |worker| {
+        let local = Rc::new(Local {
+            shared: Arc::clone(&for_workers),
+            index: worker.index(),
+            peers: worker.peers(),
+            store: RefCell::new(ActivationStore::new(&scratch, resident, precision)),
+            batches: RefCell::default(),
+        });
+        build(worker, &local);
+        Ok(())
+    })
+}
+
+/// Sends `record` at every step that is not done, on every worker, with at most `in_flight` steps on their way to `probe`.
+pub fn feed<D: Clone + 'static>(
+    worker: &mut Worker,
+    local: &Local,
+    mut input: InputHandle<u64, CapacityContainerBuilder<Vec<D>>>,
+    probe: &ProbeHandle<u64>,
+    in_flight: u64,
+    record: &D,
+) {
+    let shared = &local.shared;
+    let first = (shared.output.blocks_done() * crate::model::SiteKind::ALL.len()) as u64;
+    for step in first..shared.plan.steps() {
+        input.advance_to(step);
+        input.send(record.clone());
+        input.advance_to(step + 1);
+        while probe.less_than(&(step + 1).saturating_sub(in_flight)) && !shared.halt.is_raised() {
+            worker.step_or_park(Some(PARK));
+        }
+        if shared.halt.is_raised() {
+            return;
+        }
     }
 }

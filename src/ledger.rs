@@ -30,6 +30,13 @@ pub enum Record {
         /// Report rows of its linears.
         rows: Vec<Row>,
     },
+    /// A block's statistics are in place.
+    Statistics {
+        /// Decoder layer.
+        block: u64,
+        /// Name of their file.
+        file: String,
+    },
 }
 
 /// The ledger of one output folder.

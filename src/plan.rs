@@ -13,6 +13,9 @@ pub const CHUNK_ROWS: usize = 128;
 /// Process, tokenizer, allocator slack: what a run costs before its first tensor.
 const BASE_BYTES: u64 = 64 << 20;
 
+/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
+const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
+
 /// One linear of a block.
 #[derive(Clone, Debug)]
 pub struct PlannedLinear {
@@ -141,6 +144,20 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
+    ///
+    /// # Errors
+    /// The checkpoint is already quantized.
+    pub fn for_statistics(tower: &Tower) -> Result<Self> {
+        let recipe = Recipe {
+            bits: 8,
+            group_size: 0,
+            match_original: 0.0,
+            ..Recipe::default()
+        };
+        Self::new(recipe, tower)
+    }
+
     fn place(&mut self, tower: &Tower) {
         let quantized: BTreeMap<String, &PlannedLinear> = self
             .linears
@@ -232,6 +249,44 @@ impl Plan {
             grid: linear.grid,
         });
         inside.chain(self.outside.iter().cloned()).collect()
+    }
+
+    /// Bytes between two steps of `tokens` tokens: the residual in f32, the widest input in 16 bits.
+    pub fn activation_bytes(&self, tokens: usize, streams: usize) -> u64 {
+        let widths = self.linears.first().map_or(0, |l| l.columns * 4)
+            + self.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
+        (tokens * streams * widths) as u64
+    }
+
+    /// Bytes of a block's sums in an artifact: half a matrix a site.
+    pub fn block_sum_bytes(&self) -> u64 {
+        let first = self.linears.iter().filter(|l| l.block == 0 && l.slot == 0);
+        first.map(|l| (l.columns * l.columns * 4) as u64).sum()
+    }
+
+    /// Predicted peak of resident bytes, and the share of it that activations may take, where everything else takes `fixed`.
+    ///
+    /// # Errors
+    /// `memory`, the budget, is less than `fixed`.
+    pub fn fit(
+        &self,
+        memory: Option<u64>,
+        fixed: u64,
+        activations: u64,
+        workers: usize,
+    ) -> Result<(u64, u64)> {
+        let resident = match memory {
+            None => RESIDENT_BYTES_DEFAULT,
+            Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
+                Error::usage(
+                    "--memory",
+                    format!("{budget} bytes do not hold one block of this model with {workers} workers"),
+                    format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
+                )
+            })?,
+        };
+        let resident = resident.min(activations);
+        Ok((fixed + resident, resident))
     }
 
     /// Predicted peak of resident bytes besides activations: the widest step's weights, sums, factor and solver memory.

@@ -9,7 +9,7 @@ const LAYERS: [&[&str]; 9] = [
     &["formats"],
     &["checkpoint", "ledger"],
     &["model", "statistics", "calibration", "recipe"],
-    &["plan"],
+    &["plan", "artifact"],
     &["operators"],
     &["pipelines"],
     &["cli"],

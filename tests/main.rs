@@ -9,3 +9,4 @@ mod layout;
 mod quantize;
 mod reference;
 mod solver;
+mod statistics;

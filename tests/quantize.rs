@@ -37,6 +37,7 @@ fn job(output: &Path) -> Job {
             ..Recipe::default()
         },
         calibration: calibrate(6, 128),
+        statistics: None,
         workers: 2,
         memory: None,
         scratch: None,

@@ -125,6 +125,16 @@ pub(super) struct Wanted {
     pub(super) seed: u64,
     /// Leave out a document whose text came before.
     pub(super) drop_duplicates: bool,
+    /// An end-of-sequence token between documents.
+    pub(super) join: bool,
+}
+
+/// What was read.
+pub(super) struct Loaded {
+    pub(super) packed: Packed,
+    pub(super) usage: Usage,
+    /// Of each document that was used: its source, its row, and where its tokens begin.
+    pub(super) places: Vec<(usize, usize, usize)>,
 }
 
 /// Rows that were used, but not as they stand.
@@ -143,7 +153,7 @@ pub(super) fn pack(
     wanted: &Wanted,
     tokens: &Tokens,
     model_dir: &Path,
-) -> Result<(Packed, Usage)> {
+) -> Result<Loaded> {
     let mut usage = Usage {
         windows_wanted: wanted.samples.unwrap_or(0) as u64,
         ..Usage::default()
@@ -166,12 +176,18 @@ pub(super) fn pack(
         ));
     }
     let mut reader = Reader {
-        packer: Packer::new(wanted.length, wanted.samples, tokens.eos()),
+        packer: Packer::new(
+            wanted.length,
+            wanted.samples,
+            tokens.eos().filter(|_| wanted.join),
+        ),
         tokens,
         model_dir,
         template: None,
         seen: wanted.drop_duplicates.then(HashSet::new),
         departures: Departures::default(),
+        places: Vec::new(),
+        join: wanted.join,
     };
     let mut left: Vec<usize> = sources.iter().map(|s| s.limit).collect();
     let mut order = order(&lengths, wanted.seed).filter(|(source, _)| {
@@ -185,14 +201,16 @@ pub(super) fn pack(
         if places.is_empty() {
             break;
         }
-        for ((source, _), row) in places.iter().zip(read(&mut sources, &places)?) {
+        for (&(source, place), row) in places.iter().zip(read(&mut sources, &places)?) {
             if reader.packer.is_full() {
                 break 'full;
             }
             usage.documents_read += 1;
-            if reader.document(row, &sources[*source].reading, &mut usage)? {
+            let begin = reader.packer.len();
+            if reader.document(row, &sources[source].reading, &mut usage)? {
+                reader.places.push((source, place, begin));
                 usage.documents_used += 1;
-                usage.sources[*source].used += 1;
+                usage.sources[source].used += 1;
             }
         }
         if reader.packer.is_full() {
@@ -238,6 +256,8 @@ struct Reader<'a> {
     /// Digests of the texts that came before.
     seen: Option<HashSet<[u8; 16]>>,
     departures: Departures,
+    places: Vec<(usize, usize, usize)>,
+    join: bool,
 }
 
 impl Reader<'_> {
@@ -310,7 +330,7 @@ impl Reader<'_> {
         }))
     }
 
-    fn finish(self, mut usage: Usage) -> Result<(Packed, Usage)> {
+    fn finish(self, mut usage: Usage) -> Result<Loaded> {
         let found = self.packer.len();
         let length = self.packer.length();
         let packed = self.packer.finish();
@@ -343,7 +363,7 @@ impl Reader<'_> {
         ] {
             usage.note_count(count, sentence);
         }
-        if self.tokens.eos().is_none() && usage.documents_used > 1 {
+        if self.join && self.tokens.eos().is_none() && usage.documents_used > 1 {
             let note = "the model names no eos_token_id; documents are joined with nothing between";
             usage.notes.push(note.into());
         }
@@ -353,7 +373,7 @@ impl Reader<'_> {
             );
             usage.notes.push(note);
         }
-        if usage.windows_used > 0 && usage.windows_used < usage.windows_wanted {
+        if self.join && usage.windows_used > 0 && usage.windows_used < usage.windows_wanted {
             usage.notes.push(format!(
                 "{} of {} windows of {length} tokens: the texts have {found} tokens in all",
                 usage.windows_used, usage.windows_wanted
@@ -361,7 +381,11 @@ impl Reader<'_> {
         }
         match packed.windows {
             0 => Err(too_short(found, length, &usage)),
-            _ => Ok((packed, usage)),
+            _ => Ok(Loaded {
+                packed,
+                usage,
+                places: self.places,
+            }),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! This module knows neither timely nor models: of a checkpoint it reads the tokenizer, the chat template and a few ids.
 //! It reads files and never writes one. The same files, seed, sizes and tokenizer give the same batches on every machine.
 
+mod collection;
 mod conversation;
 mod dataset_info;
 mod documents;
@@ -21,6 +22,7 @@ mod tojson;
 mod tokens;
 mod usage;
 
+pub use collection::{Documents, Placed, documents, documents_from_npy, pack};
 pub use conversation::{Conversation, Reason, Role, Tags, Turn};
 pub use dataset_info::{Columns, Dataset, DatasetInfo, Formatting, Layout, resolve_inside};
 pub use documents::{Content, Document, Reading, understand};
@@ -45,12 +47,12 @@ pub const MAX_TOKENS: usize = 1 << 28;
 /// A batch holds whole sequences of together about this many tokens.
 pub const BATCH_TOKENS: usize = 512;
 
-/// Names a batch by its content: the same tokens in the same shape have the same id on every machine.
+/// Names a batch or a document by its content: the same tokens in the same shape have the same id on every machine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct BatchId(pub u64);
+pub struct ContentId(pub u64);
 
-impl BatchId {
+impl ContentId {
     /// The first 64 bits of SHA-256 over a version, the shape and the tokens.
     pub fn of(sequences: usize, length: usize, tokens: &[u32]) -> Self {
         let mut hash = Sha256::new();
@@ -65,32 +67,32 @@ impl BatchId {
     }
 }
 
-impl fmt::Display for BatchId {
+impl fmt::Display for ContentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
     }
 }
 
-impl fmt::Debug for BatchId {
+impl fmt::Debug for ContentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BatchId({self})")
+        write!(f, "ContentId({self})")
     }
 }
 
-impl From<BatchId> for String {
-    fn from(id: BatchId) -> Self {
+impl From<ContentId> for String {
+    fn from(id: ContentId) -> Self {
         id.to_string()
     }
 }
 
-impl TryFrom<String> for BatchId {
+impl TryFrom<String> for ContentId {
     type Error = String;
 
     fn try_from(text: String) -> std::result::Result<Self, String> {
         let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
         let id = u64::from_str_radix(&text, 16).ok().filter(|_| digits);
         id.map(Self)
-            .ok_or_else(|| format!("{text:.40} is not a batch id of 16 hex digits"))
+            .ok_or_else(|| format!("{text:.40} is not an id of 16 hex digits"))
     }
 }
 
@@ -98,7 +100,7 @@ impl TryFrom<String> for BatchId {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
     /// By content.
-    pub id: BatchId,
+    pub id: ContentId,
     /// Place in the order of arrival.
     pub index: usize,
     /// Number of sequences.
@@ -107,10 +109,12 @@ pub struct Batch {
     pub length: usize,
     /// Row-major.
     pub tokens: Vec<u32>,
+    /// How often it counts; below zero it is taken away.
+    pub multiplicity: i64,
 }
 
 /// Batches, and what was used to make them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Calibration {
     /// In order; all but the last have the same shape.
     pub batches: Vec<Batch>,
@@ -168,6 +172,24 @@ impl Default for Source {
 /// into `samples` windows of `length` tokens; conversations go through the chat template. Reading stops when the windows
 /// are full. Fewer windows than wanted are a note in the usage; not one is an error.
 pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Calibration> {
+    check_size(source)?;
+    let sources = load::open(source)?;
+    let tokens = Tokens::open(model_dir, vocab_size)?;
+    let wanted = load::Wanted {
+        samples: Some(source.samples),
+        length: source.length,
+        seed: source.seed,
+        drop_duplicates: true,
+        join: true,
+    };
+    let load::Loaded { packed, usage, .. } = load::pack(sources, &wanted, &tokens, model_dir)?;
+    Ok(Calibration {
+        batches: batches(&packed.tokens, source.length),
+        usage,
+    })
+}
+
+fn check_size(source: &Source) -> Result<()> {
     let wanted = source.samples.saturating_mul(source.length);
     for (flag, value) in [("--samples", source.samples), ("--length", source.length)] {
         if value == 0 {
@@ -188,19 +210,7 @@ pub fn load(source: &Source, model_dir: &Path, vocab_size: usize) -> Result<Cali
             "128 windows of 2048 tokens are the usual amount",
         ));
     }
-    let sources = load::open(source)?;
-    let tokens = Tokens::open(model_dir, vocab_size)?;
-    let wanted = load::Wanted {
-        samples: Some(source.samples),
-        length: source.length,
-        seed: source.seed,
-        drop_duplicates: true,
-    };
-    let (packed, usage) = load::pack(sources, &wanted, &tokens, model_dir)?;
-    Ok(Calibration {
-        batches: batches(&packed.tokens, source.length),
-        usage,
-    })
+    Ok(())
 }
 
 /// All windows of a file or folder of texts, in file order, duplicates kept: what a model is evaluated on. A file too
@@ -216,15 +226,16 @@ pub fn read_texts(path: &Path, model_dir: &Path, length: usize, vocab_size: usiz
             length,
             seed: 0,
             drop_duplicates: false,
+            join: true,
         };
         load::pack(load::open_one(path)?, &wanted, &tokens, model_dir)
     };
     // Windows of one token hold all there is: what a file too short for one window is read in.
     let (packed, mut usage, length) = match read(length) {
-        Ok((packed, usage)) => (packed, usage, length),
+        Ok(loaded) => (loaded.packed, loaded.usage, length),
         Err(too_short) => {
             let all = read(1).map_err(|_| too_short)?;
-            let shorter = all.0.tokens.len();
+            let shorter = all.packed.tokens.len();
             if shorter < 2 {
                 return Err(Error::invalid(
                     path.display().to_string(),
@@ -232,7 +243,7 @@ pub fn read_texts(path: &Path, model_dir: &Path, length: usize, vocab_size: usiz
                     "use a longer text",
                 ));
             }
-            (all.0, all.1, shorter)
+            (all.packed, all.usage, shorter)
         }
     };
     usage.windows_used = (packed.tokens.len() / length) as u64;
@@ -245,25 +256,9 @@ pub fn read_texts(path: &Path, model_dir: &Path, length: usize, vocab_size: usiz
 /// Exactly the sequences of a NumPy file, int32 or int64 of `[sequences, length]`.
 pub fn from_npy(path: &Path, vocab_size: usize) -> Result<Calibration> {
     let array = npy::read(path, vocab_size)?;
-    let name = path.file_name().unwrap_or_default();
-    let sequences = array.sequences as u64;
-    let usage = Usage {
-        sources: vec![SourceUsage {
-            name: name.to_string_lossy().into_owned(),
-            rows: sequences,
-            used: sequences,
-        }],
-        documents_found: sequences,
-        documents_read: sequences,
-        documents_used: sequences,
-        windows_wanted: sequences,
-        windows_used: sequences,
-        tokens_used: array.tokens.len() as u64,
-        ..Usage::default()
-    };
     Ok(Calibration {
         batches: batches(&array.tokens, array.length),
-        usage,
+        usage: npy::usage(path, &array),
     })
 }
 
@@ -279,11 +274,12 @@ pub fn batches(tokens: &[u32], length: usize) -> Vec<Batch> {
         .map(|(index, tokens)| {
             let sequences = tokens.len() / length;
             Batch {
-                id: BatchId::of(sequences, length, tokens),
+                id: ContentId::of(sequences, length, tokens),
                 index,
                 sequences,
                 length,
                 tokens: tokens.to_vec(),
+                multiplicity: 1,
             }
         })
         .collect()

@@ -26,15 +26,15 @@ fn batches_hold_whole_sequences() {
 
 #[test]
 fn ids_follow_content_and_shape() {
-    let id = BatchId::of(2, 2, &[1, 2, 3, 4]);
-    assert_eq!(id, BatchId::of(2, 2, &[1, 2, 3, 4]));
-    assert_ne!(id, BatchId::of(1, 4, &[1, 2, 3, 4]));
-    assert_ne!(id, BatchId::of(2, 2, &[1, 2, 4, 3]));
+    let id = ContentId::of(2, 2, &[1, 2, 3, 4]);
+    assert_eq!(id, ContentId::of(2, 2, &[1, 2, 3, 4]));
+    assert_ne!(id, ContentId::of(1, 4, &[1, 2, 3, 4]));
+    assert_ne!(id, ContentId::of(2, 2, &[1, 2, 4, 3]));
     let json = serde_json::to_string(&id).unwrap();
     assert_eq!(json, format!("\"{id}\""));
-    assert_eq!(serde_json::from_str::<BatchId>(&json).unwrap(), id);
+    assert_eq!(serde_json::from_str::<ContentId>(&json).unwrap(), id);
     for bad in ["\"\"", "\"+123456789abcdef\"", "\"zz\"", "3"] {
-        assert!(serde_json::from_str::<BatchId>(bad).is_err(), "{bad}");
+        assert!(serde_json::from_str::<ContentId>(bad).is_err(), "{bad}");
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! The header is read here, not by npyz: that one recurses and multiplies without bounds, and the file may be hostile.
 
+use super::usage::{SourceUsage, Usage};
 use crate::error::{Error, IoContext, Result};
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -19,6 +20,26 @@ pub struct TokenArray {
     pub length: usize,
     /// Row-major.
     pub tokens: Vec<u32>,
+}
+
+/// The account of a file of which every sequence is used.
+pub(super) fn usage(path: &Path, array: &TokenArray) -> Usage {
+    let name = path.file_name().unwrap_or_default();
+    let sequences = array.sequences as u64;
+    Usage {
+        sources: vec![SourceUsage {
+            name: name.to_string_lossy().into_owned(),
+            rows: sequences,
+            used: sequences,
+        }],
+        documents_found: sequences,
+        documents_read: sequences,
+        documents_used: sequences,
+        windows_wanted: sequences,
+        windows_used: sequences,
+        tokens_used: array.tokens.len() as u64,
+        ..Usage::default()
+    }
 }
 
 /// Reads an int32 or int64 array of `[sequences, length]` in C order, ids below `vocab_size`.

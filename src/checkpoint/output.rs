@@ -73,39 +73,25 @@ impl OutputLayout {
     }
 
     fn place(&mut self, shard: usize, group: &[&TensorSpec]) -> Result<()> {
-        let mut infos = Vec::with_capacity(group.len());
-        let mut end = 0;
+        let file = &self.files[shard];
+        let header = header(file, group)?;
+        let mut end = header.len();
         for spec in group {
-            let begin = end;
-            end += spec.byte_len();
-            infos.push((
-                spec.name.clone(),
-                TensorInfo {
-                    dtype: spec.dtype,
-                    shape: spec.shape.clone(),
-                    data_offsets: (begin, end),
-                },
-            ));
-        }
-        let file = self.files[shard].clone();
-        let bad = |problem: String| Error::invalid(file.clone(), problem, "");
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata = Metadata::new(Some(format), infos.clone()).map_err(|error| bad(error.to_string()))?;
-        let mut json = serde_json::to_vec(&metadata).map_err(|error| bad(error.to_string()))?;
-        json.resize(json.len().next_multiple_of(8), b' ');
-        let mut header = (json.len() as u64).to_le_bytes().to_vec();
-        header.extend(json);
-        for (spec, (name, info)) in group.iter().zip(infos) {
             let placement = Placement {
                 shard,
-                offset: (header.len() + info.data_offsets.0) as u64,
+                offset: end as u64,
                 spec: (*spec).clone(),
             };
-            if self.tensors.insert(name.clone(), placement).is_some() {
-                return Err(bad(format!("tensor {name} would be written twice")));
+            end += spec.byte_len();
+            if self.tensors.insert(spec.name.clone(), placement).is_some() {
+                return Err(Error::invalid(
+                    file,
+                    format!("tensor {} would be written twice", spec.name),
+                    "",
+                ));
             }
         }
-        self.lengths.push((header.len() + end) as u64);
+        self.lengths.push(end as u64);
         self.headers.push(header);
         Ok(())
     }
@@ -136,6 +122,30 @@ impl OutputLayout {
         (self.files.len() > 1)
             .then(|| serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
     }
+}
+
+/// The header of a safetensors file that holds these tensors, one after the other. `file` is for the error alone.
+pub(crate) fn header(file: &str, specs: &[&TensorSpec]) -> Result<Vec<u8>> {
+    let mut infos = Vec::with_capacity(specs.len());
+    let mut end = 0;
+    for spec in specs {
+        let begin = end;
+        end += spec.byte_len();
+        let info = TensorInfo {
+            dtype: spec.dtype,
+            shape: spec.shape.clone(),
+            data_offsets: (begin, end),
+        };
+        infos.push((spec.name.clone(), info));
+    }
+    let bad = |problem: String| Error::invalid(file, problem, "");
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), infos).map_err(|error| bad(error.to_string()))?;
+    let mut json = serde_json::to_vec(&metadata).map_err(|error| bad(error.to_string()))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.extend(json);
+    Ok(header)
 }
 
 /// The output shards of a run, open for writing.

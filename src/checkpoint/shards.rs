@@ -4,6 +4,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::formats::TensorSpec;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -17,6 +18,8 @@ const TENSORS_MAX: usize = 4_000_000;
 const RANK_MAX: usize = 8;
 /// Most shards: published checkpoints stay under 500.
 const SHARDS_MAX: usize = 10_000;
+/// Bytes of a tensor that its digest looks at, at its beginning, middle and end.
+const DIGEST_SAMPLE_BYTES: usize = 4096;
 
 /// An opened checkpoint directory.
 #[derive(Debug)]
@@ -106,6 +109,39 @@ impl Checkpoint {
             ));
         }
         Ok(checkpoint)
+    }
+
+    /// A single safetensors file, without a config.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let mut checkpoint = Self {
+            folder: path.parent().unwrap_or(Path::new(".")).to_owned(),
+            config: serde_json::Value::Null,
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        checkpoint.add_shard(path)?;
+        Ok(checkpoint)
+    }
+
+    /// SHA-256, in hex, over config, names, dtypes, shapes and a sample of every tensor: all weights would take minutes to hash, and
+    /// no training leaves every tensor's beginning, middle and end as they were.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(self.config.to_string());
+        for name in self.names() {
+            let Some(tensor) = self.get(name) else { continue };
+            hash.update(format!("{name} {:?} {:?}\n", tensor.dtype, tensor.shape));
+            let last = tensor.bytes.len().saturating_sub(DIGEST_SAMPLE_BYTES);
+            for begin in [0, last / 2, last] {
+                let end = tensor.bytes.len().min(begin + DIGEST_SAMPLE_BYTES);
+                hash.update(&tensor.bytes[begin..end]);
+            }
+            self.release(name);
+        }
+        super::hex(&hash.finalize())
     }
 
     fn add_shard(&mut self, path: &Path) -> Result<()> {

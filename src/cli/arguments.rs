@@ -31,11 +31,18 @@ pub(super) enum Command {
     Quantize(QuantizeArguments),
     /// Say what `quantize` would do, and how much memory it would take; runs nothing
     Plan(QuantizeArguments),
+    /// Sum the statistics of a model once; add text, take it back, merge; quantize from them as often as you like
+    #[command(subcommand)]
+    Statistics(StatisticsCommand),
+    /// Quantize from statistics: any recipe, no calibration text, no forward pass
+    ///
+    /// Example: quantflow solve ./Qwen3-8B --statistics ./statistics -o ./Qwen3-8B-W3 --bits 3
+    Solve(SolveArguments),
     /// Compare a quantized checkpoint with its original on text: perplexity, KL, top-1 agreement
     Evaluate(EvaluateArguments),
     /// Read an output back: every tensor accounted for, copies byte-identical, digest as recorded
     Verify(VerifyArguments),
-    /// Describe a checkpoint or an unfinished run
+    /// Describe a checkpoint, a statistics artifact or an unfinished run
     Inspect(InspectArguments),
     /// Write the logits of a checkpoint for given tokens (for interoperability tests)
     #[command(hide = true)]
@@ -43,12 +50,7 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct QuantizeArguments {
-    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json
-    pub model: PathBuf,
-    /// Output directory: new, empty, or holding an unfinished run of the same command
-    #[arg(short, long, value_name = "OUT")]
-    pub output: Option<PathBuf>,
+pub(super) struct CalibrationArguments {
     /// Texts: .jsonl .json .txt .csv .parquet, plain `text` rows or conversations; or names in --dataset-dir
     #[arg(long, num_args = 1.., value_name = "PATH", help_heading = "Calibration")]
     pub calibration: Vec<String>,
@@ -77,6 +79,10 @@ pub(super) struct QuantizeArguments {
         help_heading = "Calibration"
     )]
     pub calibration_tokens: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SchemeArguments {
     /// w4a16, w8a16, w3a16, w2a16, or a .toml file; flags override it
     #[arg(
         long,
@@ -109,20 +115,6 @@ pub(super) struct QuantizeArguments {
     /// Regular expressions: linears to leave alone besides heads, vision towers, projectors
     #[arg(long, num_args = 1.., value_name = "REGEX", help_heading = "Scheme")]
     pub ignore: Vec<String>,
-    /// gptq (calibrated) or rtn (no calibration)
-    #[arg(long, value_name = "METHOD", help_heading = "Scheme")]
-    pub method: Option<MethodName>,
-    /// Where calibration activations come from: the model with earlier blocks already quantized
-    #[arg(
-        long,
-        default_value = "sequential",
-        value_name = "MODE",
-        help_heading = "Scheme"
-    )]
-    pub activations: Activations,
-    /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
-    #[arg(long, value_name = "F", help_heading = "Scheme")]
-    pub match_original: Option<f64>,
     /// Rounds of scale refit and coordinate descent after GPTQ; default: 2, or none with --match-original 0
     #[arg(long, value_name = "N", help_heading = "Scheme")]
     pub refine: Option<usize>,
@@ -132,6 +124,10 @@ pub(super) struct QuantizeArguments {
     /// Bytes of tensor data in a file: 5GB, 512MiB, …
     #[arg(long, default_value = "5GB", value_parser = bytes, value_name = "BYTES", help_heading = "Output")]
     pub max_shard_size: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ResourceArguments {
     /// Resident memory to stay within: 2GiB, …
     #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "Resources")]
     pub memory: Option<u64>,
@@ -149,6 +145,10 @@ pub(super) struct QuantizeArguments {
     /// Worker threads; default: one a core. Any number gives the same bytes
     #[arg(long, value_name = "N", help_heading = "Resources")]
     pub workers: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FinishArguments {
     /// Forget an unfinished run, or replace an output of quantflow
     #[arg(long)]
     pub fresh: bool,
@@ -158,6 +158,125 @@ pub(super) struct QuantizeArguments {
     /// Exit with 3 if a row of the report passed its threshold (the default)
     #[arg(long, conflicts_with = "no_strict")]
     pub strict: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct QuantizeArguments {
+    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json
+    pub model: PathBuf,
+    /// Output directory: new, empty, or holding an unfinished run of the same command
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArguments,
+    #[command(flatten)]
+    pub scheme: SchemeArguments,
+    /// gptq (calibrated) or rtn (no calibration)
+    #[arg(long, value_name = "METHOD", help_heading = "Scheme")]
+    pub method: Option<MethodName>,
+    /// Where calibration activations come from: the model with earlier blocks already quantized, or the original (see `statistics`)
+    #[arg(
+        long,
+        default_value = "sequential",
+        value_name = "MODE",
+        help_heading = "Scheme"
+    )]
+    pub activations: Activations,
+    /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
+    #[arg(long, value_name = "F", help_heading = "Scheme")]
+    pub match_original: Option<f64>,
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    #[command(flatten)]
+    pub finish: FinishArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SolveArguments {
+    /// Checkpoint directory that the statistics are of
+    pub model: PathBuf,
+    /// The artifact: see `quantflow statistics`
+    #[arg(long, value_name = "DIR")]
+    pub statistics: PathBuf,
+    /// Output directory: new, empty, or holding an unfinished run of the same command
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub scheme: SchemeArguments,
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    #[command(flatten)]
+    pub finish: FinishArguments,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StatisticsCommand {
+    /// Sum the statistics of a model over calibration text into a new artifact
+    ///
+    /// Example: quantflow statistics collect ./Qwen3-8B -o ./statistics --calibration texts.jsonl
+    Collect(CollectArguments),
+    /// Add calibration text to an artifact: only what is new is run
+    Add(ChangeArguments),
+    /// Take calibration text out of an artifact, without a trace: give the files and flags with which it was added
+    Retract(ChangeArguments),
+    /// Add up artifacts of one model that were made from different texts, perhaps on different machines
+    Merge(MergeArguments),
+    /// Say what an artifact holds, and check its files
+    Inspect(InspectArguments),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CollectArguments {
+    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json
+    pub model: PathBuf,
+    /// The artifact's directory: new, empty, or holding an unfinished run of the same command
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub calibration: CalibrationArguments,
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// Forget an unfinished run, or replace an artifact
+    #[arg(long)]
+    pub fresh: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ChangeArguments {
+    /// Checkpoint directory that the statistics are of
+    pub model: PathBuf,
+    /// The artifact's directory
+    #[arg(long, value_name = "DIR")]
+    pub statistics: PathBuf,
+    #[command(flatten)]
+    pub calibration: CalibrationArguments,
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// Forget an unfinished change
+    #[arg(long)]
+    pub fresh: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MergeArguments {
+    /// Artifacts
+    #[arg(required = true, num_args = 2.., value_name = "DIR")]
+    pub parts: Vec<PathBuf>,
+    /// The new artifact's directory
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Replace an artifact
+    #[arg(long)]
+    pub fresh: bool,
     /// One JSON object on stdout instead of text
     #[arg(long)]
     pub json: bool,
@@ -178,6 +297,7 @@ pub(super) enum MethodName {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Activations {
     Sequential,
+    Independent,
 }
 
 #[derive(Debug, Args)]
@@ -221,7 +341,7 @@ pub(super) struct VerifyArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArguments {
-    /// A checkpoint, or the folder of an unfinished run
+    /// A checkpoint, a statistics artifact, or the folder of an unfinished run
     pub path: PathBuf,
     /// One JSON object on stdout instead of text
     #[arg(long)]
@@ -253,7 +373,7 @@ pub(super) struct DemoArguments {
     pub json: bool,
 }
 
-impl QuantizeArguments {
+impl SchemeArguments {
     /// The recipe that was named, with the flags that were given over it.
     pub(super) fn resolve(&self) -> Result<Recipe> {
         let mut recipe = Recipe::find(&self.recipe)?;
@@ -268,18 +388,67 @@ impl QuantizeArguments {
                 ActOrder::None => ColumnOrder::None,
             };
         }
+        recipe.damp_percent = self.damp_percent.unwrap_or(recipe.damp_percent);
+        recipe.ignore.extend(self.ignore.iter().cloned());
+        if let Some(format) = &self.format {
+            recipe.format.clone_from(format);
+        }
+        Ok(recipe)
+    }
+}
+
+impl QuantizeArguments {
+    /// Whether statistics of the original model are collected first.
+    pub(super) fn collects(&self) -> bool {
+        self.activations == Activations::Independent && self.method != Some(MethodName::Rtn)
+    }
+
+    /// The recipe that was named, with the flags that were given over it.
+    pub(super) fn resolve(&self) -> Result<Recipe> {
+        let mut recipe = self.scheme.resolve()?;
         if let Some(method) = self.method {
             recipe.method = match method {
                 MethodName::Gptq => Method::Gptq,
                 MethodName::Rtn => Method::Rtn,
             };
         }
-        recipe.damp_percent = self.damp_percent.unwrap_or(recipe.damp_percent);
-        recipe.match_original = self.match_original.unwrap_or(recipe.match_original);
-        recipe.ignore.extend(self.ignore.iter().cloned());
-        if let Some(format) = &self.format {
-            recipe.format.clone_from(format);
-        }
+        recipe.match_original = match self.activations {
+            Activations::Sequential => self.match_original.unwrap_or(recipe.match_original),
+            Activations::Independent => no_match_original(self.match_original)?,
+        };
+        recipe.check()?;
+        Ok(recipe)
+    }
+}
+
+impl SolveArguments {
+    /// The recipe that was named, with the flags that were given over it.
+    pub(super) fn resolve(&self) -> Result<Recipe> {
+        let mut recipe = self.scheme.resolve()?;
+        recipe.match_original = no_match_original(None)?;
+        recipe.check()?;
+        Ok(recipe)
+    }
+}
+
+/// Inputs of the original model are all that an artifact knows: there is nothing to pull toward them.
+fn no_match_original(flag: Option<f64>) -> Result<f64> {
+    match flag {
+        None | Some(0.0) => Ok(0.0),
+        Some(_) => Err(Error::usage(
+            "--match-original",
+            "needs the quantized model's activations beside the original's",
+            "leave it out, or use --activations sequential",
+        )),
+    }
+}
+
+impl ResourceArguments {
+    /// Worker threads.
+    ///
+    /// # Errors
+    /// Their number is out of range, or the device is not in this build.
+    pub(super) fn workers(&self) -> Result<usize> {
         if !["auto", "cpu"].contains(&self.device.as_str()) {
             return Err(Error::usage(
                 "--device",
@@ -287,8 +456,7 @@ impl QuantizeArguments {
                 "use --device cpu",
             ));
         }
-        recipe.check()?;
-        Ok(recipe)
+        workers(self.workers)
     }
 }
 

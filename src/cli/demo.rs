@@ -54,6 +54,7 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
                 ..Recipe::default()
             },
             calibration: calibration.clone(),
+            statistics: None,
             workers: workers(None)?,
             memory: None,
             scratch: None,

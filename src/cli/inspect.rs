@@ -3,6 +3,7 @@
 use super::arguments::{InspectArguments, VerifyArguments};
 use super::text::bytes;
 use super::{Outcome, print_json};
+use crate::artifact::HEADER;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::model::families;
@@ -35,6 +36,9 @@ pub(super) fn verify(arguments: &VerifyArguments) -> Result<Outcome> {
 }
 
 pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
+    if arguments.path.join(HEADER).is_file() {
+        return super::statistics::inspect(arguments);
+    }
     let work = arguments.path.join(WORK_FOLDER);
     if work.is_dir() && !arguments.path.join("config.json").exists() {
         let done = crate::ledger::Ledger::peek(&work.join("ledger"))?;

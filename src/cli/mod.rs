@@ -8,6 +8,7 @@ mod evaluate;
 mod inspect;
 mod progress;
 mod quantize;
+mod statistics;
 mod text;
 
 use crate::error::{Error, Result};
@@ -77,6 +78,8 @@ fn run(cli: Cli) -> Result<Outcome> {
     match cli.command {
         Command::Quantize(arguments) => quantize::run(&arguments, &halt),
         Command::Plan(arguments) => quantize::plan(&arguments),
+        Command::Statistics(command) => statistics::run(&command, &halt),
+        Command::Solve(arguments) => quantize::solve(&arguments, &halt),
         Command::Evaluate(arguments) => evaluate::run(&arguments, &halt),
         Command::Verify(arguments) => inspect::verify(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),

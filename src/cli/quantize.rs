@@ -1,14 +1,16 @@
 //! `quantize` and `plan`.
 
-use super::arguments::{QuantizeArguments, workers};
+use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
+use super::statistics::documents;
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
+use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::families;
 use crate::operators::Halt;
-use crate::pipelines::quantize::{Job, Summary, quantize};
+use crate::pipelines::quantize::{Job, Summary, independent, quantize};
 use crate::recipe::Method;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,17 +23,28 @@ pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Out
             "say where the quantized checkpoint goes: -o OUT",
         ));
     }
+    let observer = progress::observer(!arguments.finish.json);
     let job = job(arguments)?;
     for note in &job.calibration.usage.notes {
         eprintln!("note: {note}");
     }
-    let summary = quantize(&job, &progress::observer(!arguments.json), halt)?;
-    if arguments.json {
-        print_json(&summary)?;
+    let summary = match arguments.collects() {
+        true => {
+            let documents = documents(&arguments.calibration, &arguments.model)?;
+            independent(&job, documents, &observer, halt)?
+        }
+        false => quantize(&job, &observer, halt)?,
+    };
+    tell(&job, &summary, &arguments.finish)
+}
+
+fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome> {
+    if flags.json {
+        print_json(summary)?;
     } else {
-        print_summary(arguments, &job, &summary);
+        print_summary(job, summary);
     }
-    Ok(if summary.fallbacks > 0 && !arguments.no_strict {
+    Ok(if summary.fallbacks > 0 && !flags.no_strict {
         Outcome::Warnings
     } else {
         Outcome::Fine
@@ -48,7 +61,7 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         .filter(|linear| linear.grid.is_some())
         .collect();
     let output: u64 = plan.output.iter().map(|spec| spec.byte_len() as u64).sum();
-    if arguments.json {
+    if arguments.finish.json {
         let linears: Vec<_> = quantized
             .iter()
             .map(|l| serde_json::json!({"name": l.name, "rows": l.rows, "columns": l.columns, "scheme": l.scheme(), "fallback": l.fallback}))
@@ -97,47 +110,69 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
 fn job(arguments: &QuantizeArguments) -> Result<Job> {
     let recipe = arguments.resolve()?;
     let calibration = match recipe.method {
-        Method::Gptq => calibrate(arguments)?,
-        Method::Rtn => Calibration {
-            batches: Vec::new(),
-            usage: Default::default(),
-        },
+        Method::Gptq if !arguments.collects() => calibrate(&arguments.calibration, &arguments.model)?,
+        _ => Calibration::default(),
     };
     Ok(Job {
         model: arguments.model.clone(),
         output: arguments.output.clone().unwrap_or_default(),
         recipe,
         calibration,
-        workers: workers(arguments.workers)?,
-        memory: arguments.memory,
-        scratch: arguments.scratch.clone(),
-        shard_bytes_max: arguments.max_shard_size,
-        fresh: arguments.fresh,
+        statistics: None,
+        workers: arguments.resources.workers()?,
+        memory: arguments.resources.memory,
+        scratch: arguments.resources.scratch.clone(),
+        shard_bytes_max: arguments.scheme.max_shard_size,
+        fresh: arguments.finish.fresh,
         arrival: None,
     })
 }
 
-fn calibrate(arguments: &QuantizeArguments) -> Result<Calibration> {
-    let vocab_size = vocab_size(&arguments.model)?;
-    if let Some(file) = &arguments.calibration_tokens {
-        return calibration::from_npy(file, vocab_size);
+/// `solve`.
+pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outcome> {
+    let artifact = Artifact::open(&arguments.statistics)?;
+    let job = Job {
+        model: arguments.model.clone(),
+        output: arguments.output.clone(),
+        recipe: arguments.resolve()?,
+        calibration: Calibration::default(),
+        statistics: Some(Arc::new(artifact)),
+        workers: arguments.resources.workers()?,
+        memory: arguments.resources.memory,
+        scratch: arguments.resources.scratch.clone(),
+        shard_bytes_max: arguments.scheme.max_shard_size,
+        fresh: arguments.finish.fresh,
+        arrival: None,
+    };
+    let summary = quantize(&job, &progress::observer(!arguments.finish.json), halt)?;
+    tell(&job, &summary, &arguments.finish)
+}
+
+fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {
+    let vocab_size = vocab_size(model)?;
+    match &arguments.calibration_tokens {
+        Some(file) => calibration::from_npy(file, vocab_size),
+        None => calibration::load(&source(arguments)?, model, vocab_size),
     }
+}
+
+/// What the calibration flags name.
+pub(super) fn source(arguments: &CalibrationArguments) -> Result<Source> {
     if arguments.calibration.is_empty() {
         return Err(Error::usage(
             "--calibration",
             "is missing",
-            "name a text file (.jsonl, .json, .txt, .csv, .parquet), or use --method rtn, which needs none",
+            "name a text file (.jsonl, .json, .txt, .csv, .parquet); quantize --method rtn needs none",
         ));
     }
-    let source = Source {
+    Ok(Source {
         names: arguments.calibration.clone(),
         dataset_dir: arguments.dataset_dir.clone(),
         samples: arguments.samples,
         length: arguments.length,
         seed: arguments.seed,
         ..Source::default()
-    };
-    calibration::load(&source, &arguments.model, vocab_size)
+    })
 }
 
 /// Rows of a checkpoint's embedding, from its config.
@@ -145,13 +180,9 @@ pub(super) fn vocab_size(model: &Path) -> Result<usize> {
     Ok(families::parse(Checkpoint::open(model)?.config())?.vocab_size)
 }
 
-fn print_summary(arguments: &QuantizeArguments, job: &Job, s: &Summary) {
+fn print_summary(job: &Job, s: &Summary) {
     let usage = &s.calibration;
-    println!(
-        "\nquantized {} linears of {}",
-        s.linears,
-        arguments.model.display()
-    );
+    println!("\nquantized {} linears of {}", s.linears, job.model.display());
     if s.calibration_tokens > 0 {
         println!(
             "  calibration  {} tokens from {} of {} documents",
@@ -193,7 +224,7 @@ fn print_summary(arguments: &QuantizeArguments, job: &Job, s: &Summary) {
     println!(
         "\nnext:  quantflow evaluate {} --reference {} --text FILE",
         s.output.display(),
-        arguments.model.display()
+        job.model.display()
     );
     println!("serve: vllm serve {}", s.output.display());
 }

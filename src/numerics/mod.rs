@@ -11,4 +11,6 @@ pub mod scales;
 pub(crate) mod simd;
 pub mod solver;
 
+pub use simd::arithmetic;
+
 pub use quantized::{Grid, QuantizedWeight, ScaleDtype};

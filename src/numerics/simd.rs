@@ -18,3 +18,16 @@ macro_rules! vectorized {
     }};
 }
 pub(crate) use vectorized;
+
+/// Names the widest instructions that the kernels find here. Machines with the same name round alike; others sum in another order.
+pub fn arithmetic() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let level = match (pulp::x86::V4::try_new(), pulp::x86::V3::try_new()) {
+        (Some(_), _) => "avx512",
+        (None, Some(_)) => "avx2",
+        (None, None) => "baseline",
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let level = "baseline";
+    format!("{} {level} f32", std::env::consts::ARCH)
+}

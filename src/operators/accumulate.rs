@@ -41,11 +41,11 @@ pub fn accumulate<'scope>(
                 {
                     let (step, (capability, statistics)) = entry.remove_entry();
                     let Some(statistics) = statistics else { continue };
-                    let owner = step % local.peers as u64;
-                    let mut tokens = statistics.tokens();
+                    let owner = local.owner(step);
+                    let (mut tokens, untouched) = (statistics.tokens(), statistics.is_untouched());
                     let exponents = Arc::new(statistics.exponents().clone());
                     let panels = statistics.into_panels();
-                    let panels: Vec<_> = if tokens == 0 {
+                    let panels: Vec<_> = if untouched {
                         vec![None]
                     } else {
                         panels.into_iter().map(Some).collect()
@@ -69,7 +69,7 @@ fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record
     let x = values(&record.x)?;
     if record.probe {
         let exponents = Exponents::from_probe(&x, record.x.dim(1)?);
-        *statistics = Some(SiteStatistics::new(exponents, record.original.is_some()));
+        *statistics = Some(SiteStatistics::new(exponents, local.shared.pass.products()));
         return Ok(());
     }
     let Some(statistics) = statistics else {
@@ -80,7 +80,8 @@ fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record
         return Ok(());
     }
     let original = record.original.as_ref().map(values).transpose()?;
-    statistics.add(&x, original.as_deref()).map_err(|error| {
+    let added = statistics.add(&x, original.as_deref(), record.multiplicity);
+    added.map_err(|error| {
         let (block, site) = local.shared.plan.step(step);
         Error::invalid(
             format!("block {block}, input of {site:?}"),

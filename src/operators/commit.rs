@@ -32,7 +32,7 @@ pub fn commit<'scope>(
                         .format
                         .specs(&planned.name, planned.rows, planned.columns, grid);
                     for (spec, bytes) in specs.iter().zip(&linear.tensors) {
-                        shared.output.writer.write(&spec.name, bytes)?;
+                        shared.output.writer()?.write(&spec.name, bytes)?;
                     }
                 }
                 if let Some(row) = &linear.row {
@@ -42,7 +42,7 @@ pub fn commit<'scope>(
             }
             let (block, site) = shared.plan.step(step);
             if Some(&site) == SiteKind::ALL.last() {
-                shared.output.writer.sync()?;
+                shared.output.writer()?.sync()?;
                 let rows = std::mem::take(&mut rows);
                 shared.output.note(Record::Block {
                     block: block as u64,

@@ -1,7 +1,7 @@
 //! `embed`: batches become residuals; blocks that an earlier run of the same command finished are replayed with their
 //! committed weights, so that the stream is where that run left it.
 
-use super::activations::{PROBE, Slot, Stream};
+use super::activations::{PROBE, Slot};
 use super::forward::advance;
 use super::local::Local;
 use super::records::Go;
@@ -48,10 +48,6 @@ pub fn embed<'scope>(
 fn start(local: &Local) -> Result<u64> {
     let shared = &local.shared;
     let done = shared.output.blocks_done();
-    let streams: &[Stream] = match shared.matches_original() {
-        true => &[Stream::Quantized, Stream::Original],
-        false => &[Stream::Quantized],
-    };
     let own = local.batches.borrow();
     for &position in own.iter().chain([&PROBE]) {
         let tokens = match position {
@@ -59,7 +55,7 @@ fn start(local: &Local) -> Result<u64> {
             position => &shared.batches[position].tokens,
         };
         let residual = shared.tower.embed(tokens)?;
-        for &stream in streams {
+        for &stream in shared.pass.streams() {
             local
                 .store
                 .borrow_mut()

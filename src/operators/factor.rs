@@ -3,6 +3,7 @@
 use super::local::Local;
 use super::records::{Factored, Merged};
 use crate::numerics::factor::Factor;
+use crate::statistics::Product;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -23,7 +24,7 @@ pub fn factor<'scope>(
                     let Some(capability) = capability.retain_least(output.output_index()) else {
                         return;
                     };
-                    for merged in data.flat_map(|container| container.drain(..)) {
+                    for Merged(statistics) in data.flat_map(|container| container.drain(..)) {
                         let step = *capability.time();
                         let result = local.run("factor", || {
                             let plan = &local.shared.plan;
@@ -34,7 +35,10 @@ pub fn factor<'scope>(
                                 });
                             }
                             let name = &plan.step_linears(step)[0].name;
-                            let Merged { gram, cross, tokens } = merged;
+                            let gram = statistics.to_f64(Product::Gram).unwrap_or_default();
+                            let cross = statistics.to_f64(Product::Cross);
+                            let tokens = u64::try_from(statistics.tokens()).unwrap_or(0);
+                            drop(statistics);
                             let factor = Factor::new(
                                 name,
                                 gram,

@@ -4,12 +4,11 @@
 use super::activations::{PROBE, Slot, Stream};
 use super::local::Local;
 use super::records::{Go, SiteInput};
-use crate::error::Result;
-use crate::model::{Linear, SiteKind};
+use crate::error::{Error, Result};
+use crate::model::SiteKind;
 use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
@@ -77,34 +76,31 @@ fn prefetch(local: &Local, step: u64) {
 /// One batch from the input of the step before to the input of `step`, in each stream that runs.
 pub fn advance(local: &Local, step: u64, position: usize) -> Result<SiteInput> {
     let shared = &local.shared;
-    let x = advance_stream(local, step, position, Stream::Quantized, |step| {
-        shared
-            .stages
-            .quantized(step, || super::install::committed_linears(shared, step))
-    })?;
-    let original = match shared.matches_original() {
-        true => {
-            let original = |step| shared.stages.original(step, &shared.plan, &shared.tower);
-            Some(advance_stream(local, step, position, Stream::Original, original)?)
-        }
-        false => None,
+    let mut streams = shared.pass.streams().iter();
+    let mut next = || {
+        streams
+            .next()
+            .map(|&stream| advance_stream(local, step, position, stream))
     };
+    let x = next().ok_or_else(|| Error::Worker("no forward pass runs".into()))??;
+    let original = next().transpose()?;
     Ok(SiteInput {
         probe: position == PROBE,
+        multiplicity: shared.batches.get(position).map_or(0, |batch| batch.multiplicity),
         x,
         original,
     })
 }
 
 /// One batch, one stream, from the input of the step before to the input of this one.
-fn advance_stream(
-    local: &Local,
-    step: u64,
-    position: usize,
-    stream: Stream,
-    linears: impl Fn(u64) -> Result<Arc<Vec<Linear>>>,
-) -> Result<Tensor> {
+fn advance_stream(local: &Local, step: u64, position: usize, stream: Stream) -> Result<Tensor> {
     let shared = &local.shared;
+    let linears = |step| match stream {
+        Stream::Original => shared.stages.original(step, &shared.plan, &shared.tower),
+        Stream::Quantized => shared
+            .stages
+            .quantized(step, || super::install::committed_linears(shared, step)),
+    };
     let (block, site) = shared.plan.step(step);
     let layer = |block: usize| shared.stages.block(block, &shared.tower, &shared.rotary);
     let (residual_key, input_key) = (
@@ -139,7 +135,7 @@ fn advance_stream(
         SiteKind::GateUp => {
             let layer = layer(block)?;
             let x = store.take(input_key)?;
-            let x = x.ok_or_else(|| crate::error::Error::Worker("an activation was lost".into()))?;
+            let x = x.ok_or_else(|| Error::Worker("an activation was lost".into()))?;
             let residual = layer.join_attention(&residual, &x, &linears(step - 1)?)?;
             store.put(residual_key, &residual)?;
             layer.mlp_input(&residual)?

@@ -41,10 +41,10 @@ pub fn install<'scope>(
 pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
     let plan = &shared.plan;
     let config = plan.format.quantization_config(&plan.layouts());
-    let layout = shared.output.writer.layout();
+    let writer = shared.output.writer()?;
     let read = |name: &str| {
-        let at = layout.tensors().get(name)?;
-        Some((at.spec.clone(), shared.output.writer.read(name).ok()?))
+        let at = writer.layout().tensors().get(name)?;
+        Some((at.spec.clone(), writer.read(name).ok()?))
     };
     let weights: Vec<Option<QuantizedWeight>> = plan
         .step_linears(step)

@@ -1,7 +1,8 @@
 //! What operators may touch besides their streams: state of the process ([`Shared`]) and of the worker ([`Local`]).
 
-use super::activations::ActivationStore;
+use super::activations::{ActivationStore, Stream};
 use super::stages::Stages;
+use crate::artifact::PRODUCTS;
 use crate::calibration::Batch;
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
@@ -9,6 +10,7 @@ use crate::ledger::{Ledger, Record};
 use crate::model::{Rotary, Tower};
 use crate::plan::Plan;
 use crate::report::{CpuClock, Observer};
+use crate::statistics::Product;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,8 +45,8 @@ impl Halt {
 /// The output of a run and what is already in it.
 #[derive(Debug)]
 pub struct Output {
-    /// Shards, open for writing.
-    pub writer: OutputWriter,
+    /// Shards, open for writing; `None` where statistics are all that is made.
+    pub writer: Option<OutputWriter>,
     /// Durable facts.
     pub ledger: Mutex<Ledger>,
     /// Facts of earlier runs of the same command, and of this one.
@@ -52,6 +54,13 @@ pub struct Output {
 }
 
 impl Output {
+    /// The shards.
+    pub fn writer(&self) -> Result<&OutputWriter> {
+        self.writer
+            .as_ref()
+            .ok_or_else(|| Error::Worker("this run writes no checkpoint".into()))
+    }
+
     /// Notes a fact, durably. The data that it speaks of has to be synced before.
     pub fn note(&self, record: Record) -> Result<()> {
         let poisoned = || Error::Worker("a worker stopped while it wrote the ledger".into());
@@ -65,10 +74,41 @@ impl Output {
         let count = |records: &Vec<Record>| {
             records
                 .iter()
-                .filter(|r| matches!(r, Record::Block { .. }))
+                .filter(|r| matches!(r, Record::Block { .. } | Record::Statistics { .. }))
                 .count()
         };
         self.records.lock().map(|records| count(&records)).unwrap_or(0)
+    }
+}
+
+/// Which forward passes run, and so what can be summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The model with the blocks so far quantized.
+    Quantized,
+    /// That one, and the original beside it.
+    Both,
+    /// The model as it came.
+    Original,
+}
+
+impl Pass {
+    /// The streams; the inputs of the first are summed.
+    pub fn streams(self) -> &'static [Stream] {
+        match self {
+            Self::Quantized => &[Stream::Quantized],
+            Self::Both => &[Stream::Quantized, Stream::Original],
+            Self::Original => &[Stream::Original],
+        }
+    }
+
+    /// What is summed of a site.
+    pub fn products(self) -> &'static [Product] {
+        match self {
+            Self::Quantized => &[Product::Gram],
+            Self::Both => &[Product::Gram, Product::Cross],
+            Self::Original => &PRODUCTS,
+        }
     }
 }
 
@@ -78,11 +118,13 @@ pub struct Shared {
     pub tower: Tower,
     /// The work.
     pub plan: Plan,
-    /// Calibration batches, all of one sequence length.
+    /// Calibration batches.
     pub batches: Vec<Batch>,
+    /// Which forward passes run.
+    pub pass: Pass,
     /// The probe's tokens: one sequence.
     pub probe: Vec<u32>,
-    /// Rotary tables for the batches' length (which is at least the probe's).
+    /// Rotary tables for the longest sequence, the probe included.
     pub rotary: Vec<Arc<Rotary>>,
     /// Weights of the steps in work.
     pub stages: Stages,
@@ -94,13 +136,6 @@ pub struct Shared {
     pub clock: CpuClock,
     /// Stops the run.
     pub halt: Arc<Halt>,
-}
-
-impl Shared {
-    /// Whether the full-precision stream runs beside the quantized one.
-    pub fn matches_original(&self) -> bool {
-        self.plan.recipe.match_original > 0.0
-    }
 }
 
 /// One worker's own.
@@ -118,6 +153,11 @@ pub struct Local {
 }
 
 impl Local {
+    /// The worker that merges, and factors or keeps, the sums of a step.
+    pub fn owner(&self, step: u64) -> u64 {
+        (self.shared.plan.step(step).0 % self.peers) as u64
+    }
+
     /// Tokens of one sequence of a batch.
     pub fn sequence_length(&self, position: usize) -> usize {
         match position {

@@ -7,7 +7,10 @@ pub mod commit;
 pub mod embed;
 pub mod factor;
 pub mod forward;
+pub mod groups;
 pub mod install;
+pub mod keep;
+pub mod load;
 pub mod local;
 pub mod merge;
 pub mod pack;
@@ -16,5 +19,5 @@ pub mod solve;
 pub mod stages;
 mod step_end;
 
-pub use local::{Halt, Local, Shared};
+pub use local::{Halt, Local, Pass, Shared};
 pub use step_end::at_step_end;

@@ -4,7 +4,7 @@ use crate::numerics::QuantizedWeight;
 use crate::numerics::factor::Factor;
 use crate::numerics::solver::SolvedRows;
 use crate::report::Row;
-use crate::statistics::{Exponents, Panel};
+use crate::statistics::{Exponents, Panel, SiteStatistics};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -18,7 +18,9 @@ pub struct Go;
 pub struct SiteInput {
     /// It is the probe: it sets the exponents and is not summed.
     pub probe: bool,
-    /// In the quantized model so far.
+    /// How often it counts.
+    pub multiplicity: i64,
+    /// In the model whose inputs are summed.
     pub x: Tensor,
     /// In the original model, where that is matched.
     pub original: Option<Tensor>,
@@ -30,23 +32,16 @@ pub struct Partial {
     /// Worker that merges the step's sums.
     pub owner: u64,
     /// Tokens behind all the sender's panels, told once.
-    pub tokens: u64,
+    pub tokens: i64,
     /// The same on every worker.
     pub exponents: Arc<Exponents>,
     /// Some rows of a product; `None` from a worker that had no batch.
     pub panel: Option<Panel>,
 }
 
-/// The complete statistics of a step, as f64 matrices, on the worker that owns the step.
+/// The complete statistics of a step, on the worker that owns its block.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Merged {
-    /// XᵀX, both triangles, `[width, width]`.
-    pub gram: Vec<f64>,
-    /// X̃ᵀX
-    pub cross: Option<Vec<f64>>,
-    /// Tokens that were summed.
-    pub tokens: u64,
-}
+pub struct Merged(pub SiteStatistics);
 
 /// The factor of a step, for every worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -37,6 +37,16 @@ impl Exponents {
         Self(energy.iter().map(exponent).collect())
     }
 
+    /// Exponents that were kept.
+    pub fn from_values(values: Vec<i32>) -> Self {
+        Self(values)
+    }
+
+    /// One a channel.
+    pub fn values(&self) -> &[i32] {
+        &self.0
+    }
+
     /// Channels.
     pub fn width(&self) -> usize {
         self.0.len()

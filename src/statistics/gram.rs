@@ -1,4 +1,4 @@
-//! `XᵀX` and `X̃ᵀX` of a site as 64-bit integers, in panels of rows.
+//! `XᵀX`, `X̃ᵀX` and `Σx` of a site as 64-bit integers, in panels of rows.
 
 use super::Exponents;
 use crate::error::{Error, Result};
@@ -14,6 +14,9 @@ const ROUND: f64 = 6_755_399_441_055_744.0;
 /// Largest scaled product of one batch.
 const BATCH_SUM_MAX: f64 = (1u64 << 51) as f64;
 
+/// A sum `Σ x_j` has the scale `2^(s_j + SUM_BITS)`: a token then adds about 2^22, as to a product's diagonal.
+const SUM_BITS: f64 = 11.0;
+
 /// Which product a panel belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Product {
@@ -21,6 +24,8 @@ pub enum Product {
     Gram,
     /// `X̃ᵀX`, X̃ the same input in the original model: panels hold all columns.
     Cross,
+    /// `Σx`: one row.
+    Sum,
 }
 
 /// Rows `first_row..` of a product.
@@ -30,40 +35,62 @@ pub struct Panel {
     pub product: Product,
     /// First row.
     pub first_row: usize,
-    /// `[rows, columns]`, row-major; columns begin at `first_row` for [`Product::Gram`], at 0 for [`Product::Cross`].
+    /// `[rows, columns]`, row-major; columns begin at `first_row` for [`Product::Gram`], else at 0.
     pub sums: Vec<i64>,
 }
 
 /// The statistics of one site over some batches.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteStatistics {
     exponents: Exponents,
-    tokens: u64,
+    tokens: i64,
+    batches: u64,
     panels: Vec<Panel>,
 }
 
 impl SiteStatistics {
-    /// Zero sums; `cross` adds the product with the original model's input.
-    pub fn new(exponents: Exponents, cross: bool) -> Self {
-        let width = exponents.width();
-        let products = [Some(Product::Gram), cross.then_some(Product::Cross)];
-        let mut panels = Vec::new();
-        for product in products.into_iter().flatten() {
-            for first_row in (0..width).step_by(PANEL_ROWS) {
-                let rows = PANEL_ROWS.min(width - first_row);
-                let columns = width - first_column(product, first_row);
-                panels.push(Panel {
-                    product,
-                    first_row,
-                    sums: vec![0; rows * columns],
-                });
-            }
-        }
+    /// Zero sums of these products.
+    pub fn new(exponents: Exponents, products: &[Product]) -> Self {
+        let panels = shapes(exponents.width(), products).map(|(product, first_row, rows, columns)| Panel {
+            product,
+            first_row,
+            sums: vec![0; rows * columns],
+        });
         Self {
+            panels: panels.collect(),
             exponents,
             tokens: 0,
-            panels,
+            batches: 0,
         }
+    }
+
+    /// Sums that were kept, in the order of [`Self::panels`].
+    ///
+    /// # Errors
+    /// A panel is missing or misshapen.
+    pub fn from_panels(
+        exponents: Exponents,
+        products: &[Product],
+        tokens: u64,
+        mut sums: impl FnMut(Product, usize, [usize; 2]) -> Result<Vec<i64>>,
+    ) -> Result<Self> {
+        let panels = shapes(exponents.width(), products).map(|(product, first_row, rows, columns)| {
+            let sums = sums(product, first_row, [rows, columns])?;
+            match sums.len() == rows * columns {
+                true => Ok(Panel {
+                    product,
+                    first_row,
+                    sums,
+                }),
+                false => Err(misfit(first_row)),
+            }
+        });
+        Ok(Self {
+            panels: panels.collect::<Result<_>>()?,
+            exponents,
+            tokens: tokens as i64,
+            batches: 0,
+        })
     }
 
     /// Channels.
@@ -71,9 +98,19 @@ impl SiteStatistics {
         self.exponents.width()
     }
 
-    /// Tokens that were added.
-    pub fn tokens(&self) -> u64 {
+    /// Tokens that were added, less those that were taken away.
+    pub fn tokens(&self) -> i64 {
         self.tokens
+    }
+
+    /// Whether no batch was added or taken away.
+    pub fn is_untouched(&self) -> bool {
+        self.batches == 0
+    }
+
+    /// The sums, a product after the other, by first row.
+    pub fn panels(&self) -> &[Panel] {
+        &self.panels
     }
 
     /// The exponents.
@@ -81,22 +118,30 @@ impl SiteStatistics {
         &self.exponents
     }
 
-    /// Adds a batch: `x` and, where cross products are kept, the original model's `original`, both `[tokens, width]`.
+    /// Adds a batch `multiplicity` times (below zero: takes it away): `x` and, where cross products are kept, the original model's
+    /// `original`, both `[tokens, width]`. The same batch has the same rounded products, so what is taken away leaves no trace.
     ///
     /// # Errors
     /// An input that is not finite or too large for the fixed point, by channel. The sums are then unusable.
     ///
     /// # Panics
     /// The slices have different lengths, or `original` is missing or superfluous.
-    pub fn add(&mut self, x: &[f32], original: Option<&[f32]>) -> Result<()> {
+    pub fn add(&mut self, x: &[f32], original: Option<&[f32]>, multiplicity: i64) -> Result<()> {
         let width = self.width();
         let tokens = x.len() / width;
         let scales = self.exponents.scales();
+        let sign = multiplicity.signum() as f64;
         let mut buffer = vec![0f32; PANEL_ROWS.min(width) * width];
         for panel in &mut self.panels {
             let first = panel.first_row;
             let column = first_column(panel.product, first);
             let left = match panel.product {
+                Product::Sum => {
+                    for _ in 0..multiplicity.unsigned_abs() {
+                        add_sums(&mut panel.sums, x, &scales, sign)?;
+                    }
+                    continue;
+                }
                 Product::Gram => x,
                 Product::Cross => original.expect("cross products need the original's input"),
             };
@@ -113,12 +158,15 @@ impl SiteStatistics {
             for row in 0..rows {
                 let sums = &mut panel.sums[row * columns..][..columns];
                 let products = &buffer[row * columns..][..columns];
-                if !add_row(sums, products, scales[first + row], &scales[column..]) {
-                    return Err(overflow(first + row));
+                for _ in 0..multiplicity.unsigned_abs() {
+                    if !add_row(sums, products, sign * scales[first + row], &scales[column..]) {
+                        return Err(overflow(first + row));
+                    }
                 }
             }
         }
-        self.tokens += tokens as u64;
+        self.tokens += tokens as i64 * multiplicity;
+        self.batches += 1;
         Ok(())
     }
 
@@ -131,27 +179,44 @@ impl SiteStatistics {
     ///
     /// # Errors
     /// A sum leaves 64 bits, or a panel does not fit.
-    pub fn merge(&mut self, tokens: u64, panel: &Panel) -> Result<()> {
+    pub fn merge(&mut self, tokens: i64, panel: &Panel) -> Result<()> {
         let own = self
             .panels
             .iter_mut()
             .find(|own| own.product == panel.product && own.first_row == panel.first_row)
             .filter(|own| own.sums.len() == panel.sums.len())
-            .ok_or_else(|| {
-                Error::invalid(
-                    "statistics",
-                    format!("have no panel at row {}", panel.first_row),
-                    "the parts are of different sites",
-                )
-            })?;
+            .ok_or_else(|| misfit(panel.first_row))?;
         for (sum, &more) in own.sums.iter_mut().zip(&panel.sums) {
             *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
         }
         self.tokens += tokens;
+        self.batches += 1;
         Ok(())
     }
 
-    /// A product as a full `[width, width]` matrix in f64; a Gram matrix is filled on both sides.
+    /// Adds another's sums.
+    ///
+    /// # Errors
+    /// As [`Self::merge`]; the exponents differ.
+    pub fn merge_all(&mut self, other: &Self) -> Result<()> {
+        if self.exponents != other.exponents {
+            return Err(Error::invalid(
+                "statistics",
+                "the fixed-point exponents differ: the probe gave other activations",
+                "these sums are of another model, or of a machine whose kernels round otherwise",
+            ));
+        }
+        for panel in &other.panels {
+            self.merge(0, panel)?;
+        }
+        self.tokens += other.tokens;
+        Ok(())
+    }
+
+    /// A product as a full `[width, width]` matrix in f64; a Gram matrix is filled on both sides. `None` if it was not summed.
+    ///
+    /// # Panics
+    /// For [`Product::Sum`], which is no matrix.
     pub fn to_f64(&self, product: Product) -> Option<Vec<f64>> {
         let width = self.width();
         let inverse: Vec<f64> = self.exponents.scales().iter().map(|s| s.recip()).collect();
@@ -171,6 +236,7 @@ impl SiteStatistics {
                             out[column * width + row] = value;
                         }
                         Product::Gram => {}
+                        Product::Sum => unreachable!("a sum is no matrix"),
                     }
                 }
             }
@@ -182,8 +248,30 @@ impl SiteStatistics {
 fn first_column(product: Product, first_row: usize) -> usize {
     match product {
         Product::Gram => first_row,
-        Product::Cross => 0,
+        Product::Cross | Product::Sum => 0,
     }
+}
+
+/// Product, first row, rows and columns of each panel.
+fn shapes(
+    width: usize,
+    products: &[Product],
+) -> impl Iterator<Item = (Product, usize, usize, usize)> + use<'_> {
+    products.iter().flat_map(move |&product| {
+        let height = if product == Product::Sum { 1 } else { width };
+        (0..height).step_by(PANEL_ROWS).map(move |first_row| {
+            let columns = width - first_column(product, first_row);
+            (product, first_row, PANEL_ROWS.min(height - first_row), columns)
+        })
+    })
+}
+
+fn misfit(first_row: usize) -> Error {
+    Error::invalid(
+        "statistics",
+        format!("have no panel of this shape at row {first_row}"),
+        "the parts are of different sites",
+    )
 }
 
 fn overflow(channel: usize) -> Error {
@@ -192,6 +280,25 @@ fn overflow(channel: usize) -> Error {
         "its activations are not finite, or too large for the fixed-point sums",
         "check that the checkpoint gives finite logits; an outlier of more than 8,000 times the probe's energy in every token is not supported",
     )
+}
+
+/// `sums[j] += sign * round(Σ_t x[t, j] * 2^(s_j + SUM_BITS))`
+fn add_sums(sums: &mut [i64], x: &[f32], scales: &[f64], sign: f64) -> Result<()> {
+    let mut totals = vec![0f64; scales.len()];
+    for row in x.chunks_exact(scales.len()) {
+        totals
+            .iter_mut()
+            .zip(row)
+            .for_each(|(total, &v)| *total += f64::from(v));
+    }
+    for (channel, (sum, (total, scale))) in sums.iter_mut().zip(totals.iter().zip(scales)).enumerate() {
+        let value = total * scale * SUM_BITS.exp2();
+        let rounded = (value.abs() < BATCH_SUM_MAX).then(|| (sign * value).round_ties_even() as i64);
+        *sum = rounded
+            .and_then(|rounded| sum.checked_add(rounded))
+            .ok_or_else(|| overflow(channel))?;
+    }
+    Ok(())
 }
 
 /// `sums[j] += round(products[j] · row_scale · scales[j])`; false if a value was not finite, too large, or a sum overflowed.
@@ -219,6 +326,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const PRODUCTS: [Product; 3] = [Product::Gram, Product::Cross, Product::Sum];
+
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_add(1);
         (0..n)
@@ -240,11 +349,11 @@ mod tests {
             let batches: Vec<_> = (0..3).map(|b| (random(tokens * width, seed * 7 + b), random(tokens * width, seed * 11 + b + 99))).collect();
             let exponents = Exponents::from_probe(&random(64 * width, 5), width);
             let sum = |parts: &[&[usize]]| {
-                let mut total = SiteStatistics::new(exponents.clone(), true);
+                let mut total = SiteStatistics::new(exponents.clone(), &PRODUCTS);
                 for part in parts {
-                    let mut own = SiteStatistics::new(exponents.clone(), true);
+                    let mut own = SiteStatistics::new(exponents.clone(), &PRODUCTS);
                     for &b in *part {
-                        own.add(&batches[b].0, Some(&batches[b].1)).unwrap();
+                        own.add(&batches[b].0, Some(&batches[b].1), 1).unwrap();
                     }
                     let mut tokens = own.tokens();
                     for panel in own.into_panels() {
@@ -256,7 +365,20 @@ mod tests {
             let one = sum(&[&[0, 1, 2]]);
             prop_assert_eq!(&one, &sum(&[&[2], &[0, 1]]));
             prop_assert_eq!(&one, &sum(&[&[1], &[2], &[0]]));
-            prop_assert_eq!(one.tokens(), 3 * tokens as u64);
+            prop_assert_eq!(one.tokens(), 3 * tokens as i64);
+            // Twice added and once taken away is once added.
+            let mut twice = one.clone();
+            for multiplicity in [2, -2] {
+                twice.add(&batches[1].0, Some(&batches[1].1), multiplicity).unwrap();
+            }
+            prop_assert_eq!(&twice.panels, &one.panels);
+            prop_assert_eq!(twice.tokens(), one.tokens());
+            let scales = one.exponents.scales();
+            let sums = &one.panels.last().unwrap().sums;
+            for j in 0..width {
+                let expected: f64 = batches.iter().flat_map(|b| b.0[j..].iter().step_by(width)).map(|&v| f64::from(v)).sum();
+                prop_assert!((sums[j] as f64 / scales[j] / 2048.0 - expected).abs() < 1e-3);
+            }
             let (gram, cross) = (one.to_f64(Product::Gram).unwrap(), one.to_f64(Product::Cross).unwrap());
             for i in 0..width {
                 for j in 0..width {
@@ -275,8 +397,8 @@ mod tests {
     fn what_cannot_be_summed_is_an_error() {
         let exponents = Exponents::from_probe(&[1.0; 8], 2);
         for bad in [f32::NAN, f32::INFINITY, 1e30] {
-            let mut statistics = SiteStatistics::new(exponents.clone(), false);
-            assert!(statistics.add(&[1.0, bad], None).is_err(), "{bad}");
+            let mut statistics = SiteStatistics::new(exponents.clone(), &[Product::Gram]);
+            assert!(statistics.add(&[1.0, bad], None, 1).is_err(), "{bad}");
         }
         let mut sums = [i64::MAX - 5];
         assert!(!add_row(&mut sums, &[10.0], 1.0, &[1.0]));

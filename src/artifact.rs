@@ -1,0 +1,350 @@
+//! The statistics artifact: a directory that holds the exact sums of a model over a set of documents. It can be added to, taken
+//! from and merged, to the byte; any number of recipes are solved from it with no forward pass.
+//!
+//! ```text
+//! statistics.json                          what was summed: model, documents, batches; names the files below
+//! block-00003-90ab12cd34ef5678.safetensors     sums of decoder layer 3, named by their digest
+//! ```
+//! `statistics.json` is the only commit point: block files have new names when their content is new, and old ones go when the new
+//! `statistics.json` is in place. Whatever breaks off before that leaves the artifact as it was.
+
+use crate::calibration::{ContentId, Placed};
+use crate::checkpoint::{self, Checkpoint, hex, read_json};
+use crate::error::{Error, IoContext, Result};
+use crate::formats::TensorSpec;
+use crate::model::SiteKind;
+use crate::statistics::{Exponents, Product, SiteStatistics};
+use crate::storage;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Name of the header.
+pub const HEADER: &str = "statistics.json";
+/// Version of the layout.
+const VERSION: u32 = 1;
+/// Products that are kept of each site.
+pub const PRODUCTS: [Product; 2] = [Product::Gram, Product::Sum];
+/// [`Header::prefix`] where the inputs are those of the original model.
+pub const FULL_PRECISION: &str = "full-precision";
+
+/// What decides whether sums may be added to each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Digest of the checkpoint.
+    pub model: String,
+    /// Digest of its tokenizer, if it has one.
+    pub tokenizer: Option<String>,
+    /// Which model the inputs come from.
+    pub prefix: String,
+    /// Processor features that the kernels used: others may round otherwise, and what they take away would leave a trace.
+    pub arithmetic: String,
+    /// Tokens of the probe that fixed the exponents.
+    pub probe_tokens: usize,
+}
+
+/// A batch that was summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// How often.
+    pub multiplicity: u64,
+    /// Its tokens.
+    pub tokens: u64,
+}
+
+/// The content of `statistics.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    /// Version of the layout.
+    pub version: u32,
+    /// What the sums are of.
+    pub origin: Origin,
+    /// Documents behind the batches.
+    pub documents: Vec<Placed>,
+    /// Batches that were summed.
+    pub batches: BTreeMap<ContentId, Held>,
+    /// File of each decoder layer; none before the first batch.
+    pub blocks: Vec<String>,
+}
+
+impl Header {
+    /// No sums at all.
+    pub fn new(origin: Origin) -> Self {
+        Self {
+            version: VERSION,
+            origin,
+            documents: Vec::new(),
+            batches: BTreeMap::new(),
+            blocks: Vec::new(),
+        }
+    }
+
+    /// SHA-256 over the batch ids and the sums, in hex: equal for equal artifacts, however they came about.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for (id, held) in &self.batches {
+            hash.update(format!("{id} {}\n", held.multiplicity));
+        }
+        for file in &self.blocks {
+            hash.update(format!("{file}\n"));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// Tokens that were summed.
+    pub fn tokens(&self) -> u64 {
+        self.batches
+            .values()
+            .map(|held| held.multiplicity * held.tokens)
+            .sum()
+    }
+
+    /// Checks that sums of `other` may be added to these.
+    ///
+    /// # Errors
+    /// What differs, by name.
+    pub fn expect(&self, subject: &str, other: &Origin) -> Result<()> {
+        let own = &self.origin;
+        let none = String::from("none");
+        let tokenizer = |origin: &Origin| origin.tokenizer.as_ref().unwrap_or(&none).clone();
+        let checks = [
+            ("model", own.model.clone(), other.model.clone()),
+            ("tokenizer", tokenizer(own), tokenizer(other)),
+            ("prefix", own.prefix.clone(), other.prefix.clone()),
+            ("arithmetic", own.arithmetic.clone(), other.arithmetic.clone()),
+            (
+                "probe",
+                own.probe_tokens.to_string(),
+                other.probe_tokens.to_string(),
+            ),
+        ];
+        for (what, own, other) in checks {
+            if own != other {
+                return Err(Error::invalid(
+                    subject,
+                    format!("was made with another {what} ({own:.16} here, {other:.16} there)"),
+                    "statistics add up only for the same model, tokenizer and kind of processor; collect them anew",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An opened artifact.
+#[derive(Clone, Debug)]
+pub struct Artifact {
+    folder: PathBuf,
+    /// What it holds.
+    pub header: Header,
+}
+
+impl Artifact {
+    /// Opens the artifact in `folder`.
+    ///
+    /// # Errors
+    /// There is none, or its header is damaged or of another version.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(HEADER);
+        if !path.is_file() {
+            return Err(Error::invalid(
+                folder.display().to_string(),
+                format!("holds no {HEADER}"),
+                "make an artifact with: quantflow statistics collect MODEL -o DIR --calibration TEXT",
+            ));
+        }
+        let header: Header =
+            serde_json::from_value(read_json(&path)?).map_err(|error| damaged(&path, &error.to_string()))?;
+        if header.version != VERSION {
+            return Err(Error::invalid(
+                path.display().to_string(),
+                format!("has version {}, this quantflow reads {VERSION}", header.version),
+                "collect the statistics anew",
+            ));
+        }
+        for file in &header.blocks {
+            let plain = Path::new(file)
+                .file_name()
+                .is_some_and(|name| name == file.as_str());
+            if !plain || !folder.join(file).is_file() {
+                return Err(damaged(
+                    &path,
+                    &format!("names {file:?}, which is not in the folder"),
+                ));
+            }
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            header,
+        })
+    }
+
+    /// An artifact that is not yet on the disk.
+    pub fn new(folder: &Path, header: Header) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            header,
+        }
+    }
+
+    /// The directory.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Reads the sums of a site.
+    ///
+    /// # Errors
+    /// The block's file is missing, damaged or of another model.
+    pub fn site(&self, block: usize, site: SiteKind) -> Result<SiteStatistics> {
+        let file = self.header.blocks.get(block).ok_or_else(|| {
+            Error::invalid(
+                self.folder.display().to_string(),
+                format!("has no statistics of block {block}"),
+                "it is empty, or of a model with fewer blocks",
+            )
+        })?;
+        let path = self.folder.join(file);
+        let tensors = Checkpoint::open_file(&path)?;
+        let read = |name: String, dtype: Dtype| {
+            let tensor = tensors.tensor(&name)?;
+            match tensor.dtype == dtype {
+                true => Ok(tensor.bytes.to_vec()),
+                false => Err(damaged(&path, &format!("{name} is {:?}", tensor.dtype))),
+            }
+        };
+        let exponents: Vec<i32> =
+            bytemuck::allocation::pod_collect_to_vec(&read(tensor_name(site, "exponents"), Dtype::I32)?);
+        if exponents.is_empty() {
+            return Err(damaged(&path, "has a site without channels"));
+        }
+        let tokens: Vec<u64> =
+            bytemuck::allocation::pod_collect_to_vec(&read(tensor_name(site, "tokens"), Dtype::U64)?);
+        SiteStatistics::from_panels(
+            Exponents::from_values(exponents),
+            &PRODUCTS,
+            tokens.first().copied().unwrap_or(0),
+            |product, first_row, _| {
+                let bytes = read(panel_name(site, product, first_row), Dtype::I64)?;
+                Ok(bytemuck::allocation::pod_collect_to_vec(&bytes))
+            },
+        )
+    }
+
+    /// Checks that every block file has the content that its name promises.
+    ///
+    /// # Errors
+    /// One has not.
+    pub fn verify(&self) -> Result<()> {
+        for (block, file) in self.header.blocks.iter().enumerate() {
+            let path = self.folder.join(file);
+            let mut hash = Sha256::new();
+            let mut content = std::fs::File::open(&path).context("read", &path)?;
+            std::io::copy(&mut content, &mut hash).context("read", &path)?;
+            if *file != file_name(block, &hash.finalize()) {
+                return Err(damaged(&path, "does not have the content that its name promises"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the sums of a block, one a site in [`SiteKind::ALL`]'s order, under a name that follows from the content; returns it.
+    /// The artifact does not hold them until [`Self::commit`].
+    ///
+    /// # Errors
+    /// More was taken away than there is, or the disk is full.
+    pub fn write_block(&self, block: usize, sites: &[SiteStatistics]) -> Result<String> {
+        let mut tensors: Vec<(TensorSpec, Cow<'_, [u8]>)> = Vec::new();
+        for (site, statistics) in SiteKind::ALL.into_iter().zip(sites) {
+            let tokens = u64::try_from(statistics.tokens()).map_err(|_| {
+                Error::invalid(
+                    self.folder.display().to_string(),
+                    "fewer tokens than none would be left",
+                    "these batches are not in the artifact",
+                )
+            })?;
+            for panel in statistics.panels() {
+                let rows = match panel.product {
+                    Product::Sum => 1,
+                    _ => panel.sums.len() / (statistics.width() - panel.first_row),
+                };
+                let shape = vec![rows, panel.sums.len() / rows];
+                let spec = TensorSpec {
+                    name: panel_name(site, panel.product, panel.first_row),
+                    dtype: Dtype::I64,
+                    shape,
+                };
+                tensors.push((spec, Cow::Borrowed(bytemuck::cast_slice(&panel.sums))));
+            }
+            let spec = TensorSpec {
+                name: tensor_name(site, "tokens"),
+                dtype: Dtype::U64,
+                shape: vec![1],
+            };
+            tensors.push((spec, Cow::Owned(tokens.to_le_bytes().to_vec())));
+        }
+        // Widest dtype first keeps every tensor aligned.
+        for (site, statistics) in SiteKind::ALL.into_iter().zip(sites) {
+            let values = statistics.exponents().values();
+            let spec = TensorSpec {
+                name: tensor_name(site, "exponents"),
+                dtype: Dtype::I32,
+                shape: vec![values.len()],
+            };
+            tensors.push((spec, Cow::Borrowed(bytemuck::cast_slice(values))));
+        }
+        let specs: Vec<&TensorSpec> = tensors.iter().map(|(spec, _)| spec).collect();
+        let header = checkpoint::header(HEADER, &specs)?;
+        let mut hash = Sha256::new();
+        hash.update(&header);
+        tensors.iter().for_each(|(_, bytes)| hash.update(bytes));
+        let name = file_name(block, &hash.finalize());
+        storage::write_whole_with(&self.folder.join(&name), |file| {
+            file.write_all(&header)?;
+            tensors.iter().try_for_each(|(_, bytes)| file.write_all(bytes))
+        })?;
+        Ok(name)
+    }
+
+    /// Makes `header` the artifact's content, at once, and removes the block files that it does not name.
+    pub fn commit(&mut self, header: Header) -> Result<()> {
+        let json =
+            serde_json::to_value(&header).map_err(|error| Error::invalid(HEADER, error.to_string(), ""))?;
+        storage::write_json(&self.folder.join(HEADER), &json)?;
+        self.header = header;
+        for entry in std::fs::read_dir(&self.folder).context("list", &self.folder)? {
+            let name = entry.context("list", &self.folder)?.file_name();
+            if let Some(name) = name.to_str().filter(|name| name.starts_with("block-"))
+                && !self.header.blocks.iter().any(|file| file == name)
+            {
+                storage::remove(&self.folder.join(name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_name(block: usize, digest: &[u8]) -> String {
+    format!("block-{block:05}-{:.16}.safetensors", hex(digest))
+}
+
+fn tensor_name(site: SiteKind, what: &str) -> String {
+    format!("{site:?}.{what}").to_lowercase()
+}
+
+fn panel_name(site: SiteKind, product: Product, first_row: usize) -> String {
+    tensor_name(site, &format!("{product:?}.{first_row}"))
+}
+
+fn damaged(path: &Path, problem: &str) -> Error {
+    Error::invalid(
+        path.display().to_string(),
+        problem,
+        "the artifact is damaged: collect the statistics anew",
+    )
+}

@@ -1,0 +1,141 @@
+//! `statistics`: collect, add, retract, merge, inspect.
+
+use super::arguments::{
+    CalibrationArguments, ChangeArguments, CollectArguments, InspectArguments, MergeArguments,
+    StatisticsCommand,
+};
+use super::quantize::{source, vocab_size};
+use super::text::{bytes, seconds};
+use super::{Outcome, print_json, progress};
+use crate::artifact::Artifact;
+use crate::calibration::{self, Documents};
+use crate::error::Result;
+use crate::operators::Halt;
+use crate::pipelines::statistics::{Change, Job, merge_artifacts, update};
+use std::path::Path;
+use std::sync::Arc;
+
+pub(super) fn run(command: &StatisticsCommand, halt: &Arc<Halt>) -> Result<Outcome> {
+    match command {
+        StatisticsCommand::Collect(arguments) => collect(arguments, halt),
+        StatisticsCommand::Add(arguments) => change(arguments, Change::Add, halt),
+        StatisticsCommand::Retract(arguments) => change(arguments, Change::Retract, halt),
+        StatisticsCommand::Merge(arguments) => merge(arguments),
+        StatisticsCommand::Inspect(arguments) => inspect(arguments),
+    }
+}
+
+fn collect(arguments: &CollectArguments, halt: &Arc<Halt>) -> Result<Outcome> {
+    let job = Job {
+        model: arguments.model.clone(),
+        folder: arguments.output.clone(),
+        change: Change::Collect,
+        documents: documents(&arguments.calibration, &arguments.model)?,
+        workers: arguments.resources.workers()?,
+        memory: arguments.resources.memory,
+        scratch: arguments.resources.scratch.clone(),
+        fresh: arguments.fresh,
+    };
+    carry_out(&job, arguments.json, halt)
+}
+
+fn change(arguments: &ChangeArguments, change: Change, halt: &Arc<Halt>) -> Result<Outcome> {
+    let job = Job {
+        model: arguments.model.clone(),
+        folder: arguments.statistics.clone(),
+        change,
+        documents: documents(&arguments.calibration, &arguments.model)?,
+        workers: arguments.resources.workers()?,
+        memory: arguments.resources.memory,
+        scratch: arguments.resources.scratch.clone(),
+        fresh: arguments.fresh,
+    };
+    carry_out(&job, arguments.json, halt)
+}
+
+pub(super) fn documents(arguments: &CalibrationArguments, model: &Path) -> Result<Documents> {
+    let vocab_size = vocab_size(model)?;
+    match &arguments.calibration_tokens {
+        Some(file) => calibration::documents_from_npy(file, vocab_size),
+        None => calibration::documents(&source(arguments)?, model, vocab_size),
+    }
+}
+
+fn carry_out(job: &Job, json: bool, halt: &Arc<Halt>) -> Result<Outcome> {
+    for note in &job.documents.usage.notes {
+        eprintln!("note: {note}");
+    }
+    let summary = update(job, &progress::observer(!json), halt)?;
+    if json {
+        print_json(&summary)?;
+        return Ok(Outcome::Fine);
+    }
+    let usage = &summary.calibration;
+    let done = match job.change {
+        Change::Collect => "collected",
+        Change::Add => "added",
+        Change::Retract => "retracted",
+    };
+    println!(
+        "\n{done} {} batches from {} of {} documents",
+        summary.batches_run, usage.documents_used, usage.documents_found
+    );
+    for (reason, count) in &usage.left_out {
+        println!("  left out     {count} × {reason}");
+    }
+    println!(
+        "  time         {} ({} of CPU)",
+        seconds(summary.elapsed_seconds),
+        seconds(summary.cpu_seconds)
+    );
+    println!(
+        "  peak memory  {} ({} planned)",
+        bytes(summary.peak_host_bytes),
+        bytes(summary.plan_peak_host_bytes)
+    );
+    print_content(&Artifact::open(&job.folder)?);
+    println!(
+        "\nnext:  quantflow solve {} --statistics {} -o OUT",
+        job.model.display(),
+        job.folder.display()
+    );
+    Ok(Outcome::Fine)
+}
+
+fn merge(arguments: &MergeArguments) -> Result<Outcome> {
+    let merged = merge_artifacts(&arguments.parts, &arguments.output, arguments.fresh)?;
+    print(&merged, arguments.json)
+}
+
+pub(super) fn inspect(arguments: &InspectArguments) -> Result<Outcome> {
+    let artifact = Artifact::open(&arguments.path)?;
+    artifact.verify()?;
+    print(&artifact, arguments.json)
+}
+
+fn print(artifact: &Artifact, json: bool) -> Result<Outcome> {
+    let header = &artifact.header;
+    if json {
+        print_json(&serde_json::json!({
+            "kind": "statistics", "digest": header.digest(), "documents": header.documents.len(),
+            "batches": header.batches.values().map(|held| held.multiplicity).sum::<u64>(),
+            "tokens": header.tokens(), "blocks": header.blocks.len(), "origin": header.origin,
+        }))?;
+    } else {
+        print_content(artifact);
+    }
+    Ok(Outcome::Fine)
+}
+
+fn print_content(artifact: &Artifact) {
+    let header = &artifact.header;
+    println!(
+        "  artifact     {}: {} documents in {} batches, {} tokens, {} blocks",
+        artifact.folder().display(),
+        header.documents.len(),
+        header.batches.values().map(|held| held.multiplicity).sum::<u64>(),
+        header.tokens(),
+        header.blocks.len()
+    );
+    println!("  digest       {}", header.digest());
+}
