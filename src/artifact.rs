@@ -15,6 +15,7 @@ use crate::formats::TensorSpec;
 use crate::model::SiteKind;
 use crate::statistics::{Exponents, Product, SiteStatistics};
 use crate::storage;
+use bytemuck::allocation::pod_collect_to_vec;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -211,27 +212,27 @@ impl Artifact {
         })?;
         let path = self.folder.join(file);
         let tensors = Checkpoint::open_file(&path)?;
-        let read = |name: String, dtype: Dtype| {
-            let tensor = tensors.tensor(&name)?;
+        let bytes = |name: &str, dtype: Dtype| {
+            let tensor = tensors.tensor(name)?;
             match tensor.dtype == dtype {
-                true => Ok(tensor.bytes.to_vec()),
+                true => Ok(tensor.bytes),
                 false => Err(damaged(&path, &format!("{name} is {:?}", tensor.dtype))),
             }
         };
-        let exponents: Vec<i32> =
-            bytemuck::allocation::pod_collect_to_vec(&read(tensor_name(site, "exponents"), Dtype::I32)?);
+        let exponents: Vec<i32> = pod_collect_to_vec(bytes(&tensor_name(site, "exponents"), Dtype::I32)?);
         if exponents.is_empty() {
             return Err(damaged(&path, "has a site without channels"));
         }
-        let tokens: Vec<u64> =
-            bytemuck::allocation::pod_collect_to_vec(&read(tensor_name(site, "tokens"), Dtype::U64)?);
+        let tokens: Vec<u64> = pod_collect_to_vec(bytes(&tensor_name(site, "tokens"), Dtype::U64)?);
         SiteStatistics::from_panels(
             Exponents::from_values(exponents),
             &PRODUCTS,
             tokens.first().copied().unwrap_or(0),
             |product, first_row, _| {
-                let bytes = read(panel_name(site, product, first_row), Dtype::I64)?;
-                Ok(bytemuck::allocation::pod_collect_to_vec(&bytes))
+                let name = panel_name(site, product, first_row);
+                let sums = pod_collect_to_vec(bytes(&name, Dtype::I64)?);
+                tensors.release(&name);
+                Ok(sums)
             },
         )
     }

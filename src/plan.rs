@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{SiteKind, Tower};
 use crate::numerics::Grid;
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::BTreeMap;
 
@@ -98,13 +98,8 @@ impl Plan {
             ));
         }
         let format = formats::by_name(&recipe.format)?;
-        let ignore = RegexSet::new(&recipe.ignore).map_err(|error| {
-            Error::usage(
-                "--ignore",
-                error.to_string(),
-                "give regular expressions on module names",
-            )
-        })?;
+        let ignore = patterns("--ignore", &recipe.ignore)?;
+        let schemes = Schemes::new(&recipe)?;
         let mut linears = Vec::new();
         for block in 0..tower.blocks() {
             for site in SiteKind::ALL {
@@ -112,7 +107,10 @@ impl Plan {
                     let name = tower.linear_name(block, spec);
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
-                        false => grid(&recipe, format.as_ref(), tower, &name, spec.columns)?,
+                        false => {
+                            let scheme = schemes.of(&name);
+                            grid(&scheme, format.as_ref(), tower, &name, spec.columns)?
+                        }
                     };
                     if let Some(grid) = grid {
                         format.check(&name, spec.rows, spec.columns, grid)?;
@@ -131,6 +129,7 @@ impl Plan {
                 }
             }
         }
+        schemes.check(&linears)?;
         let mut plan = Self {
             recipe,
             format,
@@ -313,6 +312,97 @@ impl Plan {
             .unwrap_or(0);
         let forward = (workers * batch_tokens * widest * 4 * 6) as u64;
         BASE_BYTES + block + forward
+    }
+}
+
+fn patterns(flag: &str, patterns: &[String]) -> Result<RegexSet> {
+    RegexSet::new(patterns).map_err(|error| {
+        Error::usage(
+            flag,
+            error.to_string(),
+            "give regular expressions on module names",
+        )
+    })
+}
+
+/// The recipe as each linear has it.
+struct Schemes<'a> {
+    recipe: &'a Recipe,
+    targets: Vec<(RegexSet, &'a Scheme)>,
+}
+
+impl<'a> Schemes<'a> {
+    fn new(recipe: &'a Recipe) -> Result<Self> {
+        let targets = recipe.schemes.iter().map(|scheme| {
+            if scheme.targets.is_empty() {
+                return Err(Error::usage(
+                    "[[scheme]]",
+                    "has no targets",
+                    "name linears by regular expressions: targets = ['down_proj$']",
+                ));
+            }
+            Ok((patterns("[[scheme]] targets", &scheme.targets)?, scheme))
+        });
+        Ok(Self {
+            recipe,
+            targets: targets.collect::<Result<_>>()?,
+        })
+    }
+
+    fn find(&self, name: &str) -> Option<&'a Scheme> {
+        let mut targets = self.targets.iter();
+        targets
+            .find(|(targets, _)| targets.is_match(name))
+            .map(|(_, scheme)| *scheme)
+    }
+
+    fn of(&self, name: &str) -> Recipe {
+        let mut recipe = self.recipe.clone();
+        if let Some(scheme) = self.find(name) {
+            recipe.bits = scheme.bits.unwrap_or(recipe.bits);
+            recipe.group_size = scheme.group_size.unwrap_or(recipe.group_size);
+            recipe.symmetric = scheme.symmetric.unwrap_or(recipe.symmetric);
+        }
+        recipe
+    }
+
+    /// Serving stacks fuse the linears of one input: they have to agree. And a scheme that nothing has is a mistyped target.
+    fn check(&self, linears: &[PlannedLinear]) -> Result<()> {
+        for fused in linears.chunk_by(|a, b| (a.block, a.site) == (b.block, b.site)) {
+            let mut quantized = fused.iter().filter(|linear| linear.grid.is_some());
+            let Some(first) = quantized.next() else { continue };
+            if let Some(other) = quantized.find(|linear| linear.grid != first.grid) {
+                return Err(Error::usage(
+                    "[[scheme]]",
+                    format!(
+                        "gives {} {} and {} {}; vLLM fuses them",
+                        first.name,
+                        first.scheme(),
+                        other.name,
+                        other.scheme()
+                    ),
+                    "let its targets match all linears with this input (q, k and v; gate and up)",
+                ));
+            }
+        }
+        for (position, (_, scheme)) in self.targets.iter().enumerate() {
+            let has = |linear: &&PlannedLinear| {
+                self.find(&linear.name)
+                    .is_some_and(|found| std::ptr::eq(found, *scheme))
+            };
+            if !linears.iter().any(|linear| has(&linear)) {
+                return Err(Error::usage(
+                    "[[scheme]]",
+                    format!(
+                        "{} of the recipe matches no linear: {}",
+                        position + 1,
+                        scheme.targets.join(", ")
+                    ),
+                    "module names look like model.layers.0.mlp.down_proj; the first scheme that matches counts",
+                ));
+            }
+        }
+        Ok(())
     }
 }
 

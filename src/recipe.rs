@@ -8,10 +8,14 @@ use serde::{Deserialize, Serialize};
 pub const BITS: [u32; 4] = [2, 3, 4, 8];
 
 /// The recipes that ship with the program, by name; their text is in `pipelines/recipes`.
-pub const SHIPPED: [(&str, &str); 4] = [
+pub const SHIPPED: [(&str, &str); 5] = [
     ("w4a16", include_str!("../pipelines/recipes/w4a16.toml")),
     ("w8a16", include_str!("../pipelines/recipes/w8a16.toml")),
     ("w3a16", include_str!("../pipelines/recipes/w3a16.toml")),
+    (
+        "w3a16-down4",
+        include_str!("../pipelines/recipes/w3a16-down4.toml"),
+    ),
     ("w2a16", include_str!("../pipelines/recipes/w2a16.toml")),
 ];
 
@@ -23,6 +27,20 @@ pub enum Method {
     Gptq,
     /// Round to nearest on searched scales; needs no calibration.
     Rtn,
+}
+
+/// What some linears have instead of the recipe's own values; what is left out stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scheme {
+    /// Regular expressions: it is for the linears whose module name matches one.
+    pub targets: Vec<String>,
+    /// 2, 3, 4 or 8
+    pub bits: Option<u32>,
+    /// As [`Recipe::group_size`].
+    pub group_size: Option<usize>,
+    /// As [`Recipe::symmetric`].
+    pub symmetric: Option<bool>,
 }
 
 /// A recipe: scheme, method and output format.
@@ -51,6 +69,9 @@ pub struct Recipe {
     pub ignore: Vec<String>,
     /// Name of the output format.
     pub format: String,
+    /// Schemes of single linears, `[[scheme]]` in the file; the first that matches counts.
+    #[serde(rename = "scheme", skip_serializing_if = "Vec::is_empty")]
+    pub schemes: Vec<Scheme>,
 }
 
 impl Default for Recipe {
@@ -67,6 +88,7 @@ impl Default for Recipe {
             method: Method::Gptq,
             ignore: Vec::new(),
             format: "compressed-tensors".into(),
+            schemes: Vec::new(),
         }
     }
 }
@@ -120,12 +142,21 @@ impl Recipe {
             true => Ok(()),
             false => Err(Error::usage(flag, format!("must be {wanted}"), "")),
         };
-        range("--bits", BITS.contains(&self.bits), "2, 3, 4 or 8")?;
-        range(
-            "--group-size",
-            self.group_size <= 65_536,
-            "at most 65536; 0 means one scale a row",
-        )?;
+        let schemes = || self.schemes.iter();
+        let bits = [self.bits]
+            .into_iter()
+            .chain(schemes().filter_map(|scheme| scheme.bits));
+        for bits in bits {
+            range("--bits", BITS.contains(&bits), "2, 3, 4 or 8")?;
+        }
+        let sizes = [self.group_size].into_iter();
+        for size in sizes.chain(schemes().filter_map(|scheme| scheme.group_size)) {
+            range(
+                "--group-size",
+                size <= 65_536,
+                "at most 65536; 0 means one scale a row",
+            )?;
+        }
         range(
             "--damp-percent",
             (0.0..=1.0).contains(&self.damp_percent),

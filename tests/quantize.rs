@@ -422,3 +422,55 @@ fn bad_input_is_an_error_with_a_way_out() {
             .all(|line| line.contains("group_size 64: 96 does not divide"))
     );
 }
+
+#[test]
+fn schemes_of_single_linears_reach_the_file_and_the_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mixed.toml");
+    let recipe = |text: &str| {
+        quantflow::storage::write_whole(&path, text.as_bytes()).unwrap();
+        Recipe::find(&path.display().to_string())
+    };
+    let mixed = "bits = 3\ngroup_size = 64\nmatch_original = 0.0\n[[scheme]]\ntargets = ['layers\\.0\\.', 'down_proj$']\nbits = 4\n";
+    let job = |name: &str, recipe| Job {
+        recipe,
+        ..job(&folder.path().join(name))
+    };
+    for format in ["compressed-tensors", "gptq-v2"] {
+        let recipe = Recipe {
+            format: format.into(),
+            ..recipe(mixed).unwrap()
+        };
+        let job = job(format, recipe);
+        run(&job).unwrap();
+        let found = verify(&job.output, &job.model).unwrap();
+        assert_eq!((found.problems, found.quantized), (Vec::new(), 35));
+        let report = std::fs::read_to_string(job.output.join("quantization_report.jsonl")).unwrap();
+        for line in report.lines() {
+            let row: Row = serde_json::from_str(line).unwrap();
+            let four = row.name.contains("layers.0.") || row.name.ends_with("down_proj");
+            let expected = if four { "W4" } else { "W3" };
+            assert!(row.scheme.starts_with(expected), "{row:?}");
+        }
+    }
+    let refused = |text: &str, words: &str| {
+        let error = recipe(text)
+            .and_then(|recipe| job("refused", recipe).plan().map(drop))
+            .unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    };
+    refused(
+        "group_size = 64\n[[scheme]]\ntargets = ['q_proj']\nbits = 8\n",
+        "vLLM fuses them",
+    );
+    refused(
+        "group_size = 64\n[[scheme]]\ntargets = ['nosuch']\nbits = 8\n",
+        "matches no linear",
+    );
+    refused("group_size = 64\n[[scheme]]\ntargets = ['(']\n", "targets");
+    refused("group_size = 64\n[[scheme]]\nbits = 8\n", "targets");
+    refused(
+        "group_size = 64\n[[scheme]]\ntargets = ['.']\nbits = 5\n",
+        "2, 3, 4 or 8",
+    );
+}

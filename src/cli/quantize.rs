@@ -2,7 +2,7 @@
 
 use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
 use super::statistics::documents;
-use super::text::{bytes, seconds};
+use super::text::{bytes, ranges, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source};
@@ -12,6 +12,7 @@ use crate::model::families;
 use crate::operators::Halt;
 use crate::pipelines::quantize::{Job, Summary, independent, quantize};
 use crate::recipe::Method;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -79,19 +80,28 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         plan.blocks(),
         quantized.len()
     );
-    for linear in quantized.iter().take_while(|linear| linear.block == 0) {
-        println!(
-            "  {:<44} {:>6} x {:<6} {}",
-            linear.name,
+    // Linears that differ by their block alone are one line.
+    let mut kinds: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+    for linear in &plan.linears {
+        let prefix = tower.block_prefix(linear.block);
+        let kind = linear.name.strip_prefix(&prefix).unwrap_or(&linear.name);
+        let key = (
+            linear.site,
+            linear.slot,
+            kind,
             linear.rows,
             linear.columns,
-            linear.scheme()
+            linear.scheme(),
+        );
+        kinds.entry(key).or_default().push(linear.block);
+    }
+    for ((_, _, name, rows, columns, scheme), blocks) in kinds {
+        println!(
+            "  {name:<20} {rows:>6} x {columns:<6} {scheme:<20} blocks {}",
+            ranges(&blocks)
         );
     }
-    println!(
-        "  … the same in every block; {} tensors are copied as they are",
-        plan.copied.len()
-    );
+    println!("  {} tensors are copied as they are", plan.copied.len());
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",

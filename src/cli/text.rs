@@ -18,3 +18,13 @@ pub(super) fn seconds(count: f64) -> String {
         c => format!("{c:.1} s"),
     }
 }
+
+/// Ascending numbers as `0-3, 7`.
+pub(super) fn ranges(numbers: &[usize]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b);
+    let shown = runs.map(|run| match run {
+        [one] => one.to_string(),
+        run => format!("{}-{}", run[0], run[run.len() - 1]),
+    });
+    shown.collect::<Vec<_>>().join(", ")
+}
