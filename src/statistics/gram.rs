@@ -44,7 +44,7 @@ pub struct Panel {
 pub struct SiteStatistics {
     exponents: Exponents,
     tokens: i64,
-    batches: u64,
+    touched: bool,
     panels: Vec<Panel>,
 }
 
@@ -60,7 +60,7 @@ impl SiteStatistics {
             panels: panels.collect(),
             exponents,
             tokens: 0,
-            batches: 0,
+            touched: false,
         }
     }
 
@@ -89,7 +89,7 @@ impl SiteStatistics {
             panels: panels.collect::<Result<_>>()?,
             exponents,
             tokens: tokens as i64,
-            batches: 0,
+            touched: false,
         })
     }
 
@@ -105,7 +105,7 @@ impl SiteStatistics {
 
     /// Whether no batch was added or taken away.
     pub fn is_untouched(&self) -> bool {
-        self.batches == 0
+        !self.touched
     }
 
     /// The sums, a product after the other, by first row.
@@ -166,7 +166,7 @@ impl SiteStatistics {
             }
         }
         self.tokens += tokens as i64 * multiplicity;
-        self.batches += 1;
+        self.touched = true;
         Ok(())
     }
 
@@ -190,7 +190,7 @@ impl SiteStatistics {
             *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
         }
         self.tokens += tokens;
-        self.batches += 1;
+        self.touched = true;
         Ok(())
     }
 
