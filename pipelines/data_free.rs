@@ -30,7 +30,8 @@ pub fn run(worker: &mut Worker, local: &Rc<Local>) {
         commit(packed, Rc::clone(local)).probe_with(&probe);
     });
     let record = Factored {
-        factor: None,
+        factors: Vec::new(),
+        held_out: None,
         tokens: 0,
     };
     feed(worker, local, input, &probe, STEPS_IN_FLIGHT, &record);

@@ -12,7 +12,7 @@ use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
 use crate::plan::Plan;
-use crate::recipe::{Method, Recipe};
+use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, CpuClock, Observer, Row};
 use crate::storage::{self, FolderLock};
 use candle_core::Device;
@@ -161,6 +161,17 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
             "name a file, or use --method rtn",
         ));
     }
+    let measured = job
+        .statistics
+        .as_ref()
+        .is_some_and(|artifact| artifact.header.origin.held_out > 0.0);
+    if job.recipe.damp_percent == Damping::Auto && !measured {
+        return Err(Error::usage(
+            "--damp-percent",
+            "auto needs held-out statistics",
+            "collect them with: quantflow statistics collect --held-out 0.1; then quantflow solve",
+        ));
+    }
     let (plan_peak, resident) = job.predict(&plan)?;
     prepare_folder(job)?;
     let work = job.output.join(WORK_FOLDER);
@@ -239,6 +250,7 @@ pub fn independent(
             folder: folder.clone(),
             change: Change::Collect,
             documents,
+            held_out: 0.0,
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),

@@ -73,6 +73,8 @@ pub struct Job {
     pub change: Change,
     /// With these.
     pub documents: Documents,
+    /// Share of the batches to keep apart, with [`Change::Collect`]; else the artifact says.
+    pub held_out: f64,
     /// Worker threads.
     pub workers: usize,
     /// Budget of resident bytes.
@@ -142,11 +144,13 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let begin = (Instant::now(), report::process_cpu());
     let tower = Tower::open(&job.model, Device::Cpu)?;
     let plan = Plan::for_statistics(&tower)?;
-    let origin = origin(&tower, &job.model)?;
-    let mut artifact = open(job, origin)?;
+    let mut artifact = open(job, origin(&tower, job)?)?;
     let separator = separator(&job.model, tower.spec.vocab_size)?;
     let groups = changed_groups(artifact.header.documents.clone(), changes(job, &artifact.header)?);
-    let batches = batches(&groups, &job.documents, separator)?;
+    let mut batches = batches(&groups, &job.documents, separator)?;
+    for batch in &mut batches {
+        batch.held_out = batch.id.is_held_out(artifact.header.origin.held_out);
+    }
     let after = header_after(&artifact, &groups, &batches)?;
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
@@ -190,7 +194,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         tower,
         plan,
         batches,
-        pass: Pass::Original,
+        pass: Pass::Original(artifact.header.origin.products()),
         probe,
         stages: Stages::default(),
         output,
@@ -293,7 +297,15 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
 ///
 /// # Errors
 /// The tokenizer cannot be read.
-pub fn origin(tower: &Tower, model: &Path) -> Result<Origin> {
+fn origin(tower: &Tower, job: &Job) -> Result<Origin> {
+    let model = &job.model;
+    if !(0.0..=0.5).contains(&job.held_out) {
+        return Err(Error::usage(
+            "--held-out",
+            "must be between 0 and 0.5",
+            "0.1 keeps a tenth apart",
+        ));
+    }
     let tokenizer = model.join("tokenizer.json").is_file();
     Ok(Origin {
         model: tower.checkpoint.digest(),
@@ -301,6 +313,7 @@ pub fn origin(tower: &Tower, model: &Path) -> Result<Origin> {
         prefix: FULL_PRECISION.into(),
         arithmetic: numerics::arithmetic(),
         probe_tokens: PROBE_TOKENS,
+        held_out: job.held_out,
     })
 }
 
@@ -310,6 +323,8 @@ fn open(job: &Job, origin: Origin) -> Result<Artifact> {
         return Ok(Artifact::new(&job.folder, Header::new(origin)));
     }
     let artifact = Artifact::open(&job.folder)?;
+    let held_out = artifact.header.origin.held_out;
+    let origin = Origin { held_out, ..origin };
     artifact
         .header
         .expect(&job.folder.display().to_string(), &origin)?;

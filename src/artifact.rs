@@ -28,13 +28,11 @@ use std::path::{Path, PathBuf};
 pub const HEADER: &str = "statistics.json";
 /// Version of the layout.
 const VERSION: u32 = 1;
-/// Products that are kept of each site.
-pub const PRODUCTS: [Product; 2] = [Product::Gram, Product::Sum];
 /// [`Header::prefix`] where the inputs are those of the original model.
 pub const FULL_PRECISION: &str = "full-precision";
 
 /// What decides whether sums may be added to each other.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     /// Digest of the checkpoint.
     pub model: String,
@@ -46,6 +44,18 @@ pub struct Origin {
     pub arithmetic: String,
     /// Tokens of the probe that fixed the exponents.
     pub probe_tokens: usize,
+    /// Share of the batches that are kept apart, to measure on.
+    pub held_out: f64,
+}
+
+impl Origin {
+    /// Products that are kept of each site.
+    pub fn products(&self) -> &'static [Product] {
+        match self.held_out > 0.0 {
+            true => &[Product::Gram, Product::Sum, Product::HeldOut],
+            false => &[Product::Gram, Product::Sum],
+        }
+    }
 }
 
 /// A batch that was summed.
@@ -58,7 +68,7 @@ pub struct Held {
 }
 
 /// The content of `statistics.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
     /// Version of the layout.
@@ -122,6 +132,11 @@ impl Header {
                 "probe",
                 own.probe_tokens.to_string(),
                 other.probe_tokens.to_string(),
+            ),
+            (
+                "held-out share",
+                own.held_out.to_string(),
+                other.held_out.to_string(),
             ),
         ];
         for (what, own, other) in checks {
@@ -226,7 +241,7 @@ impl Artifact {
         let tokens: Vec<u64> = pod_collect_to_vec(bytes(&tensor_name(site, "tokens"), Dtype::U64)?);
         SiteStatistics::from_panels(
             Exponents::from_values(exponents),
-            &PRODUCTS,
+            self.header.origin.products(),
             tokens.first().copied().unwrap_or(0),
             |product, first_row, _| {
                 let name = panel_name(site, product, first_row);

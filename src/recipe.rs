@@ -29,6 +29,41 @@ pub enum Method {
     Rtn,
 }
 
+/// How strongly a Hessian is damped before it is factored, as a share of its mean diagonal.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Damping {
+    /// Whatever gives the smallest error on held-out statistics.
+    Auto,
+    /// This much.
+    #[serde(untagged)]
+    Fixed(f64),
+}
+
+impl Damping {
+    /// What to try.
+    pub fn candidates(self) -> Vec<f64> {
+        match self {
+            Self::Auto => vec![0.003, 0.01, 0.03, 0.1],
+            Self::Fixed(share) => vec![share],
+        }
+    }
+}
+
+impl std::str::FromStr for Damping {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            text => text
+                .parse()
+                .map(Self::Fixed)
+                .map_err(|_| "give a share of the mean diagonal, such as 0.01, or auto".into()),
+        }
+    }
+}
+
 /// What some linears have instead of the recipe's own values; what is left out stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -57,8 +92,8 @@ pub struct Recipe {
     pub symmetric: bool,
     /// Column order of the sweep.
     pub actorder: ColumnOrder,
-    /// Damping as a share of the Hessian's mean diagonal.
-    pub damp_percent: f64,
+    /// Damping as a share of the Hessian's mean diagonal, or `auto`.
+    pub damp_percent: Damping,
     /// α of the asymmetric target; 0 turns the full-precision stream off.
     pub match_original: f64,
     /// Rounds of scale refit and coordinate descent after the sweep; see [`Recipe::refine_rounds`] for the default.
@@ -82,7 +117,7 @@ impl Default for Recipe {
             group_fallback: false,
             symmetric: true,
             actorder: ColumnOrder::Static,
-            damp_percent: 0.01,
+            damp_percent: Damping::Fixed(0.01),
             match_original: 0.5,
             refine_rounds: None,
             method: Method::Gptq,
@@ -159,8 +194,8 @@ impl Recipe {
         }
         range(
             "--damp-percent",
-            (0.0..=1.0).contains(&self.damp_percent),
-            "between 0 and 1 (0.01 is 1 percent)",
+            (self.damp_percent.candidates().iter()).all(|share| (0.0..=1.0).contains(share)),
+            "between 0 and 1 (0.01 is 1 percent), or auto",
         )?;
         range(
             "--match-original",

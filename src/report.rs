@@ -22,9 +22,9 @@ pub struct Row {
     pub tokens: u64,
     /// Squared error of the outputs over the calibration tokens, as a share of the outputs' energy.
     pub relative_error: f64,
-    /// The same on statistics that were kept out of the calibration; not measured in sequential runs.
+    /// The same, without damping, on statistics that were kept apart; `None` where none were.
     pub held_out_error: Option<f64>,
-    /// Damping that was used, as a share of the mean diagonal.
+    /// Damping that was used, as a share of the mean diagonal; where it is chosen, the mean over the rows.
     pub damp_percent: f64,
     /// Share of codes at an end of the grid that clip their target.
     pub clip_rate: f64,

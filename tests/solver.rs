@@ -208,3 +208,39 @@ fn a_dead_channel_is_rounded_plainly_and_a_singular_hessian_is_damped() {
     );
     assert!(error.unwrap_err().to_string().contains("down_proj"));
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn output_error_is_the_error_of_the_outputs(rows in 1usize..9, width in 1usize..20, tokens in 1usize..30, seed in 0u64..1000) {
+        let random = |n: usize, salt: u64| -> Vec<f64> {
+            let mut state = seed * 31 + salt;
+            (0..n).map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
+            }).collect()
+        };
+        let (w, q, x) = (random(rows * width, 1), random(rows * width, 2), random(tokens * width, 3));
+        let narrow = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
+        let (w, q) = (narrow(&w), narrow(&q));
+        let mut hessian = vec![0.0; width * width];
+        for token in x.chunks_exact(width) {
+            for i in 0..width {
+                for j in 0..width {
+                    hessian[i * width + j] += token[i] * token[j];
+                }
+            }
+        }
+        let (mut lost, mut energy) = (0.0, 0.0);
+        for token in x.chunks_exact(width) {
+            for (w, q) in w.chunks_exact(width).zip(q.chunks_exact(width)) {
+                let out = |values: &[f32]| -> f64 { values.iter().zip(token).map(|(&v, t)| f64::from(v) * t).sum() };
+                lost += (out(w) - out(q)).powi(2);
+                energy += out(w).powi(2);
+            }
+        }
+        let (found_lost, found_energy) = quantflow::numerics::solver::output_error(&w, &q, &hessian);
+        prop_assert!((found_lost - lost).abs() <= 1e-9 * (1.0 + lost));
+        prop_assert!((found_energy - energy).abs() <= 1e-9 * (1.0 + energy));
+    }
+}

@@ -9,7 +9,7 @@ use quantflow::operators::groups::changed_groups;
 use quantflow::pipelines::quantize::{self, quantize};
 use quantflow::pipelines::statistics::{Change, Job, Summary, merge_artifacts, update};
 use quantflow::pipelines::verify::verify;
-use quantflow::recipe::Recipe;
+use quantflow::recipe::{Damping, Recipe};
 use quantflow::report::{Observer, Row, Silent};
 use quantflow::storage;
 use rand_chacha::ChaCha8Rng;
@@ -52,6 +52,7 @@ fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
         folder: folder.to_owned(),
         change,
         documents: read(files),
+        held_out: 0.0,
         workers: 2,
         memory: None,
         scratch: None,
@@ -394,6 +395,84 @@ fn one_artifact_serves_many_recipes() {
     let at_once = quantize::independent(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
     assert_eq!(at_once.output_digest, four.output_digest);
     assert!(!at("independent").join(".quantflow").exists());
+}
+
+/// Mean held-out error over the linears of an output's report.
+fn held_out_error(output: &Path) -> f64 {
+    let report = std::fs::read_to_string(output.join(quantize::REPORT)).unwrap();
+    let rows: Vec<Row> = report
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    rows.iter().map(|row| row.held_out_error.unwrap()).sum::<f64>() / rows.len() as f64
+}
+
+#[test]
+fn held_out_batches_measure_and_choose_the_damping() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (a, b) = (
+        rows(folder.path(), "a.jsonl", 0..24),
+        rows(folder.path(), "b.jsonl", 24..80),
+    );
+    let apart = |change, name: &str, files: &[&Path]| Job {
+        held_out: if change == Change::Collect { 0.3 } else { 0.0 },
+        ..job(change, &at(name), files)
+    };
+    // What is kept apart follows from the content: it adds up and goes away like the rest.
+    let at_once = run(&apart(Change::Collect, "s", &[&a, &b])).unwrap();
+    run(&apart(Change::Collect, "x", &[&a])).unwrap();
+    run(&apart(Change::Add, "x", &[&b])).unwrap();
+    assert_eq!(sums(&at("x")), sums(&at("s")));
+    run(&apart(Change::Collect, "b", &[&b])).unwrap();
+    run(&apart(Change::Retract, "x", &[&a])).unwrap();
+    assert_eq!(sums(&at("x")), sums(&at("b")));
+    let whole = run(&job(Change::Collect, &at("whole"), &[&a])).unwrap();
+    assert!(whole.tokens > 0);
+    assert!(merge_artifacts(&[at("whole"), at("b")], &at("mixed"), false).is_err());
+
+    let artifact = Arc::new(Artifact::open(&at("s")).unwrap());
+    let first = artifact.site(0, quantflow::model::SiteKind::Qkv).unwrap();
+    let used = first.tokens() as u64;
+    assert!(used > 0 && used < at_once.tokens, "{used} of {}", at_once.tokens);
+    let observer: Arc<dyn Observer> = Arc::new(Silent);
+    let solve = |name: &str, damp_percent, statistics: &Arc<Artifact>| {
+        let job = quantize::Job {
+            model: fixture("model"),
+            output: at(name),
+            recipe: Recipe {
+                bits: 3,
+                group_size: 64,
+                match_original: 0.0,
+                damp_percent,
+                ..Recipe::default()
+            },
+            calibration: Default::default(),
+            statistics: Some(Arc::clone(statistics)),
+            workers: 2,
+            memory: None,
+            scratch: None,
+            shard_bytes_max: 5_000_000_000,
+            fresh: false,
+            arrival: None,
+        };
+        quantize(&job, &observer, &Arc::default())
+    };
+    solve("auto", Damping::Auto, &artifact).unwrap();
+    let auto = held_out_error(&at("auto"));
+    for damp in Damping::Auto.candidates() {
+        let name = format!("fixed-{damp}");
+        solve(&name, Damping::Fixed(damp), &artifact).unwrap();
+        let fixed = held_out_error(&at(&name));
+        // The error of a layer on text that it was not fitted to is of the size of the error on its own.
+        assert!(
+            auto <= fixed * 1.000_001 && fixed < 0.2,
+            "{damp}: {fixed}, auto {auto}"
+        );
+    }
+    let without = Arc::new(Artifact::open(&at("whole")).unwrap());
+    let error = solve("refused", Damping::Auto, &without).unwrap_err();
+    assert!(error.hint().unwrap().contains("--held-out"), "{error}");
 }
 
 fn ids(

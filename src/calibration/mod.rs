@@ -67,6 +67,14 @@ impl ContentId {
     }
 }
 
+impl ContentId {
+    /// Whether this is one of the `share` of all contents that are kept apart. It follows from the content alone, so that every machine
+    /// keeps the same ones.
+    pub fn is_held_out(self, share: f64) -> bool {
+        (self.0 as f64) < share * u64::MAX as f64
+    }
+}
+
 impl fmt::Display for ContentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
@@ -111,6 +119,8 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     /// How often it counts; below zero it is taken away.
     pub multiplicity: i64,
+    /// Kept apart, to measure on.
+    pub held_out: bool,
 }
 
 /// Batches, and what was used to make them.
@@ -280,6 +290,7 @@ pub fn batches(tokens: &[u32], length: usize) -> Vec<Batch> {
                 length,
                 tokens: tokens.to_vec(),
                 multiplicity: 1,
+                held_out: false,
             }
         })
         .collect()

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::numerics::factor::ColumnOrder;
-use crate::recipe::{Method, Recipe};
+use crate::recipe::{Damping, Method, Recipe};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -109,9 +109,9 @@ pub(super) struct SchemeArguments {
     /// Column order: by descending Hessian diagonal, or as they come
     #[arg(long, value_name = "ORDER", help_heading = "Scheme")]
     pub actorder: Option<ActOrder>,
-    /// Damping as a share of the Hessian's mean diagonal
+    /// Damping as a share of the Hessian's mean diagonal, or auto: by the error on held-out statistics (solve)
     #[arg(long, value_name = "F", help_heading = "Scheme")]
-    pub damp_percent: Option<f64>,
+    pub damp_percent: Option<Damping>,
     /// Regular expressions: linears to leave alone besides heads, vision towers, projectors
     #[arg(long, num_args = 1.., value_name = "REGEX", help_heading = "Scheme")]
     pub ignore: Vec<String>,
@@ -239,6 +239,14 @@ pub(super) struct CollectArguments {
     pub calibration: CalibrationArguments,
     #[command(flatten)]
     pub resources: ResourceArguments,
+    /// Share of the batches to keep apart: `solve` measures on them, and chooses damping by them
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "SHARE",
+        help_heading = "Calibration"
+    )]
+    pub held_out: f64,
     /// Forget an unfinished run, or replace an artifact
     #[arg(long)]
     pub fresh: bool,

@@ -102,6 +102,28 @@ pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) 
     }
 }
 
+/// `(tr((W − Q) H (W − Q)ᵀ), tr(W H Wᵀ))` for `weights` and `quantized`, `[rows, width]`, and `hessian`, `[width, width]`: the squared
+/// error of the outputs over the tokens of `hessian`, and their energy.
+pub fn output_error(weights: &[f32], quantized: &[f32], hessian: &[f64]) -> (f64, f64) {
+    let width = hessian.len().isqrt();
+    let rows = weights.len() / width;
+    let energy = |values: &[f64]| {
+        let mut moved = vec![0.0; values.len()];
+        product(
+            ViewMut::rows(&mut moved, rows, width, width),
+            0.0,
+            View::rows(values, rows, width, width),
+            View::rows(hessian, width, width, width),
+            1.0,
+        );
+        moved.iter().zip(values).map(|(m, v)| m * v).sum::<f64>()
+    };
+    let whole: Vec<f64> = weights.iter().map(|&w| f64::from(w)).collect();
+    let pairs = weights.iter().zip(quantized);
+    let left: Vec<f64> = pairs.map(|(&w, &q)| f64::from(w) - f64::from(q)).collect();
+    (energy(&left), energy(&whole))
+}
+
 struct Swept {
     /// `[width, lanes]`, original column order.
     codes: Vec<f64>,

@@ -80,7 +80,10 @@ fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record
         return Ok(());
     }
     let original = record.original.as_ref().map(values).transpose()?;
-    let added = statistics.add(&x, original.as_deref(), record.multiplicity);
+    let added = match record.held_out {
+        true => statistics.add_held_out(&x, record.multiplicity),
+        false => statistics.add(&x, original.as_deref(), record.multiplicity),
+    };
     added.map_err(|error| {
         let (block, site) = local.shared.plan.step(step);
         Error::invalid(

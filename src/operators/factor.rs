@@ -2,6 +2,7 @@
 
 use super::local::Local;
 use super::records::{Factored, Merged};
+use crate::error::Result;
 use crate::numerics::factor::Factor;
 use crate::statistics::Product;
 use std::rc::Rc;
@@ -30,7 +31,8 @@ pub fn factor<'scope>(
                             let plan = &local.shared.plan;
                             if !plan.is_active(step) {
                                 return Ok(Factored {
-                                    factor: None,
+                                    factors: Vec::new(),
+                                    held_out: None,
                                     tokens: 0,
                                 });
                             }
@@ -38,16 +40,22 @@ pub fn factor<'scope>(
                             let gram = statistics.to_f64(Product::Gram).unwrap_or_default();
                             let cross = statistics.to_f64(Product::Cross);
                             let tokens = u64::try_from(statistics.tokens()).unwrap_or(0);
+                            let held_out = statistics.to_f64(Product::HeldOut);
                             drop(statistics);
-                            let factor = Factor::new(
-                                name,
-                                gram,
-                                cross,
-                                plan.recipe.damp_percent,
-                                plan.recipe.actorder,
-                            )?;
+                            let mut damps = plan.recipe.damp_percent.candidates();
+                            let last = damps.pop().unwrap_or_default();
+                            let factor = |gram, cross, damp| {
+                                Factor::new(name, gram, cross, damp, plan.recipe.actorder).map(Arc::new)
+                            };
+                            let mut factors = damps
+                                .into_iter()
+                                .map(|damp| factor(gram.clone(), cross.clone(), damp))
+                                .collect::<Result<Vec<_>>>()?;
+                            // The last takes the sums themselves: with one damping there is one copy.
+                            factors.push(factor(gram, cross, last)?);
                             Ok(Factored {
-                                factor: Some(Arc::new(factor)),
+                                factors,
+                                held_out: held_out.map(Arc::new),
                                 tokens,
                             })
                         });

@@ -84,9 +84,11 @@ pub fn advance(local: &Local, step: u64, position: usize) -> Result<SiteInput> {
     };
     let x = next().ok_or_else(|| Error::Worker("no forward pass runs".into()))??;
     let original = next().transpose()?;
+    let batch = shared.batches.get(position);
     Ok(SiteInput {
         probe: position == PROBE,
-        multiplicity: shared.batches.get(position).map_or(0, |batch| batch.multiplicity),
+        multiplicity: batch.map_or(0, |batch| batch.multiplicity),
+        held_out: batch.is_some_and(|batch| batch.held_out),
         x,
         original,
     })

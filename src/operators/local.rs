@@ -2,7 +2,6 @@
 
 use super::activations::{ActivationStore, Stream};
 use super::stages::Stages;
-use crate::artifact::PRODUCTS;
 use crate::calibration::Batch;
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
@@ -88,8 +87,8 @@ pub enum Pass {
     Quantized,
     /// That one, and the original beside it.
     Both,
-    /// The model as it came.
-    Original,
+    /// The model as it came, with these products.
+    Original(&'static [Product]),
 }
 
 impl Pass {
@@ -98,7 +97,7 @@ impl Pass {
         match self {
             Self::Quantized => &[Stream::Quantized],
             Self::Both => &[Stream::Quantized, Stream::Original],
-            Self::Original => &[Stream::Original],
+            Self::Original(_) => &[Stream::Original],
         }
     }
 
@@ -107,7 +106,7 @@ impl Pass {
         match self {
             Self::Quantized => &[Product::Gram],
             Self::Both => &[Product::Gram, Product::Cross],
-            Self::Original => &PRODUCTS,
+            Self::Original(products) => products,
         }
     }
 }

@@ -66,9 +66,11 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         zeros: Vec::with_capacity(planned.rows * groups),
     };
     let (mut error, mut energy, mut clipped, mut seconds) = (0.0, 0.0, 0, 0.0);
+    let (mut held_out, mut damp) = (None, 0.0);
     let facts = chunks.first().map(|chunk| chunk.factor).unwrap_or_default();
     for chunk in chunks {
         let Some(rows) = chunk.rows else { continue };
+        let share = rows.weight.rows as f64 / planned.rows as f64;
         weight.rows += rows.weight.rows;
         weight.codes.extend(rows.weight.codes);
         weight.scales.extend(rows.weight.scales);
@@ -77,6 +79,12 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         energy += rows.energy;
         clipped += rows.clipped;
         seconds += chunk.seconds;
+        // Each chunk may have chosen its own.
+        damp += chunk.factor.damp_percent * share;
+        if let Some((lost, of)) = chunk.held_out {
+            let (error, energy) = held_out.unwrap_or((0.0, 0.0));
+            held_out = Some((error + lost, energy + of));
+        }
     }
     if weight.rows != planned.rows {
         return Err(Error::Worker(format!(
@@ -92,8 +100,10 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         scheme: planned.scheme(),
         tokens: facts.tokens,
         relative_error: if energy > 0.0 { error / energy } else { 0.0 },
-        held_out_error: None,
-        damp_percent: facts.damp_percent,
+        held_out_error: held_out
+            .filter(|(_, energy)| *energy > 0.0)
+            .map(|(error, energy)| error / energy),
+        damp_percent: damp,
         clip_rate: clipped as f64 / weight.codes.len() as f64,
         dead_columns: facts.dead as u64,
         fallback: (!notes.is_empty()).then(|| notes.join("; ")),

@@ -20,6 +20,8 @@ pub struct SiteInput {
     pub probe: bool,
     /// How often it counts.
     pub multiplicity: i64,
+    /// It is kept apart, to measure on.
+    pub held_out: bool,
     /// In the model whose inputs are summed.
     pub x: Tensor,
     /// In the original model, where that is matched.
@@ -46,9 +48,12 @@ pub struct Merged(pub SiteStatistics);
 /// The factor of a step, for every worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Factored {
-    /// `None` where the step has nothing to quantize, or the method needs no statistics.
-    pub factor: Option<Arc<Factor>>,
-    /// Tokens behind it.
+    /// None where the step has nothing to quantize, or the method needs no statistics; several, with different damping, to choose
+    /// from by the held-out error.
+    pub factors: Vec<Arc<Factor>>,
+    /// XᵀX over held-out tokens, `[width, width]`.
+    pub held_out: Option<Arc<Vec<f64>>>,
+    /// Tokens behind the factors.
     pub tokens: u64,
 }
 
@@ -63,6 +68,8 @@ pub struct SolvedChunk {
     pub rows: Option<SolvedRows>,
     /// The factor's damping and dead columns, for the report.
     pub factor: FactorFacts,
+    /// Squared error of the outputs and their energy over held-out tokens.
+    pub held_out: Option<(f64, f64)>,
     /// CPU seconds.
     pub seconds: f64,
 }

@@ -3,11 +3,14 @@
 use super::local::Local;
 use super::records::{FactorFacts, Factored, SolvedChunk};
 use crate::error::Result;
-use crate::numerics::solver::{GptqOptions, gptq, round_to_nearest};
+use crate::numerics::Grid;
+use crate::numerics::factor::Factor;
+use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use crate::plan::CHUNK_ROWS;
 use crate::report::thread_cpu;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
@@ -79,13 +82,16 @@ fn solve_chunk(
                 match_original: recipe.match_original,
                 refine_rounds: recipe.refine_rounds(),
             };
-            Some(match &factored.factor {
-                Some(factor) => gptq(&weights, factor, grid, options),
-                None => round_to_nearest(&weights, planned.columns, grid),
-            })
+            match factored.factors.is_empty() {
+                true => Some((round_to_nearest(&weights, planned.columns, grid), None, None)),
+                false => best(&weights, factored, grid, options),
+            }
         }
     };
-    let facts = factored.factor.as_ref().map(|factor| FactorFacts {
+    let (rows, factor, held_out) = solved.map_or((None, None, None), |(rows, factor, held_out)| {
+        (Some(rows), factor, held_out)
+    });
+    let facts = factor.map(|factor| FactorFacts {
         tokens: factored.tokens,
         damp_percent: factor.damp_percent,
         retries: factor.retries,
@@ -94,8 +100,29 @@ fn solve_chunk(
     Ok(SolvedChunk {
         linear,
         chunk,
-        rows: solved,
+        rows,
         factor: facts.unwrap_or_default(),
+        held_out,
         seconds: (thread_cpu() - begin).as_secs_f64(),
     })
+}
+
+/// Rows, the factor that gave them, and their error and energy over held-out tokens.
+type Solution<'a> = (SolvedRows, Option<&'a Factor>, Option<(f64, f64)>);
+
+/// Solves with each factor, and keeps what has the smallest error over held-out tokens.
+fn best<'a>(
+    weights: &[f32],
+    factored: &'a Factored,
+    grid: Grid,
+    options: GptqOptions,
+) -> Option<Solution<'a>> {
+    let solutions = factored.factors.iter().map(|factor| {
+        let rows = gptq(weights, factor, grid, options);
+        let measure = |hessian: &Arc<Vec<f64>>| output_error(weights, &rows.weight.dequantize(), hessian);
+        let held_out = factored.held_out.as_ref().map(measure);
+        (rows, Some(factor.as_ref()), held_out)
+    });
+    let error = |solution: &Solution<'_>| solution.2.map_or(0.0, |(error, _)| error);
+    solutions.min_by(|a, b| error(a).total_cmp(&error(b)))
 }

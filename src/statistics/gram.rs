@@ -26,6 +26,8 @@ pub enum Product {
     Cross,
     /// `Σx`: one row.
     Sum,
+    /// As [`Product::Gram`], over the batches that are kept apart to measure on.
+    HeldOut,
 }
 
 /// Rows `first_row..` of a product.
@@ -35,7 +37,7 @@ pub struct Panel {
     pub product: Product,
     /// First row.
     pub first_row: usize,
-    /// `[rows, columns]`, row-major; columns begin at `first_row` for [`Product::Gram`], else at 0.
+    /// `[rows, columns]`, row-major; columns begin at `first_row` for the symmetric ones, else at 0.
     pub sums: Vec<i64>,
 }
 
@@ -127,12 +129,32 @@ impl SiteStatistics {
     /// # Panics
     /// The slices have different lengths, or `original` is missing or superfluous.
     pub fn add(&mut self, x: &[f32], original: Option<&[f32]>, multiplicity: i64) -> Result<()> {
+        self.add_to(|product| product != Product::HeldOut, x, original, multiplicity)?;
+        self.tokens += (x.len() / self.width()) as i64 * multiplicity;
+        Ok(())
+    }
+
+    /// As [`Self::add`], to [`Product::HeldOut`] alone.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub fn add_held_out(&mut self, x: &[f32], multiplicity: i64) -> Result<()> {
+        self.add_to(|product| product == Product::HeldOut, x, None, multiplicity)
+    }
+
+    fn add_to(
+        &mut self,
+        wanted: impl Fn(Product) -> bool,
+        x: &[f32],
+        original: Option<&[f32]>,
+        multiplicity: i64,
+    ) -> Result<()> {
         let width = self.width();
         let tokens = x.len() / width;
         let scales = self.exponents.scales();
         let sign = multiplicity.signum() as f64;
         let mut buffer = vec![0f32; PANEL_ROWS.min(width) * width];
-        for panel in &mut self.panels {
+        for panel in self.panels.iter_mut().filter(|panel| wanted(panel.product)) {
             let first = panel.first_row;
             let column = first_column(panel.product, first);
             let left = match panel.product {
@@ -142,7 +164,7 @@ impl SiteStatistics {
                     }
                     continue;
                 }
-                Product::Gram => x,
+                Product::Gram | Product::HeldOut => x,
                 Product::Cross => original.expect("cross products need the original's input"),
             };
             assert_eq!(left.len(), x.len());
@@ -165,7 +187,6 @@ impl SiteStatistics {
                 }
             }
         }
-        self.tokens += tokens as i64 * multiplicity;
         self.touched = true;
         Ok(())
     }
@@ -231,11 +252,11 @@ impl SiteStatistics {
                     let value = sum as f64 * inverse[row] * inverse[column];
                     match product {
                         Product::Cross => out[row * width + column] = value,
-                        Product::Gram if column >= row => {
+                        Product::Gram | Product::HeldOut if column >= row => {
                             out[row * width + column] = value;
                             out[column * width + row] = value;
                         }
-                        Product::Gram => {}
+                        Product::Gram | Product::HeldOut => {}
                         Product::Sum => unreachable!("a sum is no matrix"),
                     }
                 }
@@ -247,7 +268,7 @@ impl SiteStatistics {
 
 fn first_column(product: Product, first_row: usize) -> usize {
     match product {
-        Product::Gram => first_row,
+        Product::Gram | Product::HeldOut => first_row,
         Product::Cross | Product::Sum => 0,
     }
 }
