@@ -6,7 +6,7 @@ use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
 use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, copy_tensors, hex};
 use crate::error::{Error, IoContext, Result};
-use crate::ledger::{Ledger, Record};
+use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
@@ -20,7 +20,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What an unfinished run keeps in the output folder.
@@ -123,7 +123,8 @@ impl Job {
 
     /// Tokens behind the statistics.
     pub fn calibration_tokens(&self) -> u64 {
-        let kept = self.statistics.as_ref().map(|artifact| artifact.header.tokens());
+        let kept = self.statistics.as_ref();
+        let kept = kept.map(|artifact| artifact.header.calibration_tokens());
         kept.unwrap_or(self.calibration.usage.tokens_used)
     }
 
@@ -161,6 +162,12 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
             "name a file, or use --method rtn",
         ));
     }
+    if let Some(artifact) = &job.statistics {
+        let subject = artifact.folder().display().to_string();
+        artifact
+            .header
+            .expect_model(&subject, &tower.checkpoint.digest())?;
+    }
     let measured = job
         .statistics
         .as_ref()
@@ -178,30 +185,15 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     storage::create_folder(&work)?;
     let _lock = FolderLock::acquire(&work, "lock")?;
     let fingerprint = job.fingerprint(&tower)?;
-    let (ledger, records) = Ledger::open(&work.join("ledger"), &fingerprint)?;
-    let writer = OutputWriter::open(&job.output, OutputLayout::new(&plan.output, job.shard_bytes_max)?)?;
-    let output = Output {
-        writer: Some(writer),
-        ledger: Mutex::new(ledger),
-        records: Mutex::new(records),
-    };
-    let resumed_blocks = output.blocks_done();
-    if resumed_blocks > 0 {
-        observer.note(&format!(
-            "continuing: {resumed_blocks} of {} blocks are done",
-            plan.blocks()
-        ));
-    }
+    // The ledger first: it tells another run's folder from a damaged one.
+    let mut output = Output::open(&work, &fingerprint)?;
+    let layout = OutputLayout::new(&plan.output, job.shard_bytes_max)?;
+    output.writer = Some(OutputWriter::open(&job.output, layout)?);
+    let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
     copy_untouched(&tower, &plan, &output)?;
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
     let length = job.calibration.length_max();
-    if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
-        return Err(Error::usage(
-            "--length",
-            format!("{length} tokens are more than the {longest} for which this model's rotary tables hold"),
-            format!("use --length {longest} or less"),
-        ));
-    }
+    tower.expect_length(length)?;
     let shared = Arc::new(Shared {
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
@@ -243,6 +235,7 @@ pub fn independent(
 ) -> Result<Summary> {
     prepare_folder(job)?;
     let folder = job.output.join(WORK_FOLDER).join("statistics");
+    let usage = documents.usage.clone();
     let mut given: Vec<ContentId> = documents.placed.iter().map(|document| document.id).collect();
     if !folder.join(HEADER).is_file() {
         let collect = statistics::Job {
@@ -275,6 +268,10 @@ pub fn independent(
         ));
     }
     let solve = Job {
+        calibration: Calibration {
+            batches: Vec::new(),
+            usage,
+        },
         statistics: Some(Arc::new(artifact)),
         fresh: false,
         ..job.clone()

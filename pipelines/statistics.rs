@@ -24,7 +24,7 @@ use crate::artifact::{Artifact, FULL_PRECISION, HEADER, Header, Held, Origin};
 use crate::calibration::{self, Batch, ContentId, Documents, Placed, Tokens, Usage, tokenizer_digest};
 use crate::checkpoint::hex;
 use crate::error::{Error, IoContext, Result};
-use crate::ledger::{Ledger, Record};
+use crate::ledger::Record;
 use crate::model::{SiteKind, Tower};
 use crate::numerics;
 use crate::operators::accumulate::accumulate;
@@ -42,10 +42,10 @@ use crate::storage::{self, FolderLock};
 use candle_core::Device;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
@@ -153,13 +153,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     }
     let after = header_after(&artifact, &groups, &batches)?;
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
-    if let Some(longest) = tower.spec.max_sequence.filter(|longest| length > *longest) {
-        return Err(Error::usage(
-            "--length",
-            format!("{length} tokens are more than the {longest} for which this model's rotary tables hold"),
-            format!("use --length {longest} or less"),
-        ));
-    }
+    tower.expect_length(length)?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
     let largest = tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS);
     let (plan_peak, resident) = plan.fit(
@@ -175,19 +169,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     storage::create_folder(&work)?;
     let _lock = FolderLock::acquire(&work, "lock")?;
     let fingerprint = fingerprint(&artifact.header, &batches);
-    let (ledger, records) = Ledger::open(&work.join("ledger"), &fingerprint)?;
-    let output = Output {
-        writer: None,
-        ledger: Mutex::new(ledger),
-        records: Mutex::new(records),
-    };
-    let resumed_blocks = output.blocks_done();
-    if resumed_blocks > 0 {
-        observer.note(&format!(
-            "continuing: {resumed_blocks} of {} blocks are done",
-            plan.blocks()
-        ));
-    }
+    let output = Output::open(&work, &fingerprint)?;
+    let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
     let shared = Arc::new(Shared {
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
@@ -223,7 +206,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         folder: job.folder.clone(),
         digest: header.digest(),
         documents: header.documents.len(),
-        batches: header.batches.values().map(|held| held.multiplicity).sum(),
+        batches: header.batch_count(),
         tokens: header.tokens(),
         batches_run: shared.batches.len(),
         resumed_blocks,
@@ -249,6 +232,19 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
         return Err(Error::usage("DIR", "names no artifact", "name two or more"));
     };
     let subject = |part: &Artifact| part.folder().display().to_string();
+    // --fresh empties the folder: it must not be what is read.
+    let place = folder.canonicalize().ok();
+    if place.is_some()
+        && parts
+            .iter()
+            .any(|part| part.folder().canonicalize().ok() == place)
+    {
+        return Err(Error::usage(
+            "--output",
+            "is one of the parts",
+            "choose another folder",
+        ));
+    }
     let mut header = first.header.clone();
     for part in others {
         header.expect(&subject(part), &part.header.origin)?;
@@ -261,9 +257,14 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
             }
         }
         let shift = sources(&header);
+        // Token ids may come as often as they like; their batches are told apart above.
+        let texts = |header: &Header| -> BTreeSet<ContentId> {
+            let texts = header.documents.iter().filter(|document| !document.exact);
+            texts.map(|document| document.id).collect()
+        };
+        let held = texts(&header);
         for document in &part.header.documents {
-            let twin = |other: &Placed| other.id == document.id && !(other.exact && document.exact);
-            if first.header.documents.iter().any(twin) {
+            if !document.exact && held.contains(&document.id) {
                 return Err(Error::invalid(
                     subject(part),
                     format!("holds document {}, which another part holds, too", document.id),
@@ -277,6 +278,10 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
         }
     }
     prepare_new(folder, fresh)?;
+    // Until it is whole, the folder is known as ours.
+    let work = folder.join(WORK_FOLDER);
+    storage::create_folder(&work)?;
+    let _lock = FolderLock::acquire(&work, "lock")?;
     let mut merged = Artifact::new(folder, header.clone());
     for block in 0..header.blocks.len() {
         let sums = SiteKind::ALL.into_iter().map(|site| {
@@ -290,6 +295,7 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
         header.blocks[block] = merged.write_block(block, &sums)?;
     }
     merged.commit(header)?;
+    storage::remove(&work)?;
     Ok(merged)
 }
 

@@ -115,6 +115,38 @@ impl Header {
             .sum()
     }
 
+    /// How often batches were summed, all together.
+    pub fn batch_count(&self) -> u64 {
+        self.batches.values().map(|held| held.multiplicity).sum()
+    }
+
+    /// Tokens that were summed and not kept apart.
+    pub fn calibration_tokens(&self) -> u64 {
+        let used = self
+            .batches
+            .iter()
+            .filter(|(id, _)| !id.is_held_out(self.origin.held_out));
+        used.map(|(_, held)| held.multiplicity * held.tokens).sum()
+    }
+
+    /// Checks that these are sums of the model with digest `model`: any machine may solve from them.
+    ///
+    /// # Errors
+    /// They are of another one.
+    pub fn expect_model(&self, subject: &str, model: &str) -> Result<()> {
+        match self.origin.model == model {
+            true => Ok(()),
+            false => Err(Error::invalid(
+                subject,
+                format!(
+                    "holds statistics of another model ({:.16}, this one is {model:.16})",
+                    self.origin.model
+                ),
+                "give the checkpoint that they were collected from, or collect them anew",
+            )),
+        }
+    }
+
     /// Checks that sums of `other` may be added to these.
     ///
     /// # Errors
@@ -243,7 +275,7 @@ impl Artifact {
             Exponents::from_values(exponents),
             self.header.origin.products(),
             tokens.first().copied().unwrap_or(0),
-            |product, first_row, _| {
+            |product, first_row| {
                 let name = panel_name(site, product, first_row);
                 let sums = pod_collect_to_vec(bytes(&name, Dtype::I64)?);
                 tensors.release(&name);
@@ -285,15 +317,11 @@ impl Artifact {
                 )
             })?;
             for panel in statistics.panels() {
-                let rows = match panel.product {
-                    Product::Sum => 1,
-                    _ => panel.sums.len() / (statistics.width() - panel.first_row),
-                };
-                let shape = vec![rows, panel.sums.len() / rows];
+                let columns = statistics.columns(panel);
                 let spec = TensorSpec {
                     name: panel_name(site, panel.product, panel.first_row),
                     dtype: Dtype::I64,
-                    shape,
+                    shape: vec![panel.sums.len() / columns, columns],
                 };
                 tensors.push((spec, Cow::Borrowed(bytemuck::cast_slice(&panel.sums))));
             }

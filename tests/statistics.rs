@@ -161,6 +161,22 @@ fn what_does_not_add_up_is_an_error_and_changes_nothing() {
     assert!(twice.to_string().contains("already"), "{twice}");
     assert!(!at("twice").exists() || std::fs::read_dir(at("twice")).unwrap().next().is_none());
 
+    // A folder that is read is not emptied; a text that two later parts share is found, too.
+    for (name, other) in [("left", "A cat sits."), ("right", "It rains.")] {
+        let file = folder.path().join(format!("{name}.jsonl"));
+        let lines = ["A text of both.", other].map(|text| serde_json::json!({"text": text}).to_string());
+        storage::write_whole(&file, lines.join("\n").as_bytes()).unwrap();
+        run(&job(Change::Collect, &at(name), &[&file])).unwrap();
+    }
+    let into_itself = merge_artifacts(&[at("s"), at("other")], &at("s"), true).unwrap_err();
+    assert!(
+        into_itself.to_string().contains("one of the parts"),
+        "{into_itself}"
+    );
+    assert_eq!(all(&at("s")), before);
+    let shared = merge_artifacts(&[at("s"), at("left"), at("right")], &at("shared"), false).unwrap_err();
+    assert!(shared.to_string().contains("another part holds"), "{shared}");
+
     // Another model, another tokenizer, another prefix.
     let change = |edit: &dyn Fn(&mut serde_json::Value)| {
         let mut header: serde_json::Value = serde_json::from_slice(&before.1).unwrap();
@@ -387,6 +403,17 @@ fn one_artifact_serves_many_recipes() {
     }
     let found = verify(&at("w3"), &fixture("model")).unwrap();
     assert_eq!((found.problems, found.quantized), (Vec::new(), 35));
+    // Statistics of another model are refused, whatever its shapes.
+    let header = std::fs::read_to_string(at("s").join(HEADER)).unwrap();
+    let model = Artifact::open(&at("s")).unwrap().header.origin.model;
+    storage::write_whole(
+        &at("s").join(HEADER),
+        header.replace(&model, &"0".repeat(64)).as_bytes(),
+    )
+    .unwrap();
+    let error = quantize(&solve("other", 4, 2), &observer, &Arc::default()).unwrap_err();
+    assert!(error.to_string().contains("another model"), "{error}");
+    storage::write_whole(&at("s").join(HEADER), header.as_bytes()).unwrap();
     // The same in one command.
     let job = quantize::Job {
         statistics: None,

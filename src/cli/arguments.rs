@@ -83,7 +83,7 @@ pub(super) struct CalibrationArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct SchemeArguments {
-    /// w4a16, w8a16, w3a16, w2a16, or a .toml file; flags override it
+    /// w4a16, w8a16, w3a16, w3a16-down4, w2a16, or a .toml file; flags override it
     #[arg(
         long,
         default_value = "w4a16",
@@ -420,9 +420,16 @@ impl QuantizeArguments {
                 MethodName::Rtn => Method::Rtn,
             };
         }
-        recipe.match_original = match self.activations {
-            Activations::Sequential => self.match_original.unwrap_or(recipe.match_original),
-            Activations::Independent => no_match_original(self.match_original)?,
+        recipe.match_original = match (self.activations, self.match_original) {
+            (Activations::Sequential, flag) => flag.unwrap_or(recipe.match_original),
+            (Activations::Independent, None | Some(0.0)) => 0.0,
+            (Activations::Independent, Some(_)) => {
+                return Err(Error::usage(
+                    "--match-original",
+                    "needs the quantized model's activations beside the original's",
+                    "leave it out, or use --activations sequential",
+                ));
+            }
         };
         recipe.check()?;
         Ok(recipe)
@@ -433,21 +440,10 @@ impl SolveArguments {
     /// The recipe that was named, with the flags that were given over it.
     pub(super) fn resolve(&self) -> Result<Recipe> {
         let mut recipe = self.scheme.resolve()?;
-        recipe.match_original = no_match_original(None)?;
+        // The artifact knows the original model's inputs alone.
+        recipe.match_original = 0.0;
         recipe.check()?;
         Ok(recipe)
-    }
-}
-
-/// Inputs of the original model are all that an artifact knows: there is nothing to pull toward them.
-fn no_match_original(flag: Option<f64>) -> Result<f64> {
-    match flag {
-        None | Some(0.0) => Ok(0.0),
-        Some(_) => Err(Error::usage(
-            "--match-original",
-            "needs the quantized model's activations beside the original's",
-            "leave it out, or use --activations sequential",
-        )),
     }
 }
 

@@ -5,7 +5,7 @@ use super::statistics::documents;
 use super::text::{bytes, ranges, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Calibration, Source};
+use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::families;
@@ -26,17 +26,21 @@ pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Out
     }
     let observer = progress::observer(!arguments.finish.json);
     let job = job(arguments)?;
-    for note in &job.calibration.usage.notes {
-        eprintln!("note: {note}");
-    }
+    print_notes(&job.calibration.usage);
     let summary = match arguments.collects() {
         true => {
             let documents = documents(&arguments.calibration, &arguments.model)?;
+            print_notes(&documents.usage);
             independent(&job, documents, &observer, halt)?
         }
         false => quantize(&job, &observer, halt)?,
     };
     tell(&job, &summary, &arguments.finish)
+}
+
+/// What the user should know of the calibration before the work begins.
+pub(super) fn print_notes(usage: &Usage) {
+    usage.notes.iter().for_each(|note| eprintln!("note: {note}"));
 }
 
 fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome> {
@@ -193,10 +197,17 @@ pub(super) fn vocab_size(model: &Path) -> Result<usize> {
 fn print_summary(job: &Job, s: &Summary) {
     let usage = &s.calibration;
     println!("\nquantized {} linears of {}", s.linears, job.model.display());
-    if s.calibration_tokens > 0 {
+    if let Some(artifact) = &job.statistics {
+        println!(
+            "  statistics   {} tokens of {} documents, from {}",
+            s.calibration_tokens,
+            artifact.header.documents.len(),
+            artifact.folder().display()
+        );
+    } else if s.calibration_tokens > 0 {
         println!(
             "  calibration  {} tokens from {} of {} documents",
-            usage.tokens_used, usage.documents_used, usage.documents_found
+            s.calibration_tokens, usage.documents_used, usage.documents_found
         );
         for (reason, count) in &usage.left_out {
             println!("               left out: {count} × {reason}");

@@ -4,7 +4,7 @@ use super::arguments::{
     CalibrationArguments, ChangeArguments, CollectArguments, InspectArguments, MergeArguments,
     StatisticsCommand,
 };
-use super::quantize::{source, vocab_size};
+use super::quantize::{print_notes, source, vocab_size};
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
@@ -64,9 +64,7 @@ pub(super) fn documents(arguments: &CalibrationArguments, model: &Path) -> Resul
 }
 
 fn carry_out(job: &Job, json: bool, halt: &Arc<Halt>) -> Result<Outcome> {
-    for note in &job.documents.usage.notes {
-        eprintln!("note: {note}");
-    }
+    print_notes(&job.documents.usage);
     let summary = update(job, &progress::observer(!json), halt)?;
     if json {
         print_json(&summary)?;
@@ -120,7 +118,7 @@ fn print(artifact: &Artifact, json: bool) -> Result<Outcome> {
     if json {
         print_json(&serde_json::json!({
             "kind": "statistics", "digest": header.digest(), "documents": header.documents.len(),
-            "batches": header.batches.values().map(|held| held.multiplicity).sum::<u64>(),
+            "batches": header.batch_count(),
             "tokens": header.tokens(), "blocks": header.blocks.len(), "origin": header.origin,
         }))?;
     } else {
@@ -135,7 +133,7 @@ fn print_content(artifact: &Artifact) {
         "  artifact     {}: {} documents in {} batches, {} tokens, {} blocks",
         artifact.folder().display(),
         header.documents.len(),
-        header.batches.values().map(|held| held.multiplicity).sum::<u64>(),
+        header.batch_count(),
         header.tokens(),
         header.blocks.len()
     );

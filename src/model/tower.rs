@@ -217,6 +217,23 @@ impl Tower {
             .collect::<Result<_, _>>()?)
     }
 
+    /// Checks that the rotary tables hold for sequences of `length` tokens.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn expect_length(&self, length: usize) -> Result<()> {
+        match self.spec.max_sequence.filter(|longest| length > *longest) {
+            None => Ok(()),
+            Some(longest) => Err(Error::usage(
+                "--length",
+                format!(
+                    "{length} tokens are more than the {longest} for which this model's rotary tables hold"
+                ),
+                format!("use --length {longest} or less"),
+            )),
+        }
+    }
+
     /// A block's norms and options, without its linears.
     pub fn block(&self, block: usize, rotary: &[Arc<Rotary>]) -> Result<Block> {
         let spec = &self.spec.block;

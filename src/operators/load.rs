@@ -3,6 +3,8 @@
 use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
+use crate::error::{Error, Result};
+use crate::statistics::SiteStatistics;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -26,11 +28,32 @@ pub fn load<'scope>(
                 if local.owner(step) != local.index as u64 {
                     return;
                 }
-                let (block, site) = local.shared.plan.step(step);
-                if let Some(sums) = local.run("load", || artifact.site(block, site)) {
+                if let Some(sums) = local.run("load", || read(&local, &artifact, step)) {
                     output.session(&capability).give(Merged(sums));
                 }
             });
         }
     })
+}
+
+fn read(local: &Local, artifact: &Artifact, step: u64) -> Result<SiteStatistics> {
+    let (block, site) = local.shared.plan.step(step);
+    let sums = artifact.site(block, site)?;
+    let wanted = local
+        .shared
+        .plan
+        .step_linears(step)
+        .first()
+        .map(|linear| linear.columns);
+    match wanted == Some(sums.width()) {
+        true => Ok(sums),
+        false => Err(Error::invalid(
+            artifact.folder().display().to_string(),
+            format!(
+                "has {} channels at block {block}, input of {site:?}; the model has another number",
+                sums.width()
+            ),
+            "the artifact is damaged: collect the statistics anew",
+        )),
+    }
 }

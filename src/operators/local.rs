@@ -11,6 +11,7 @@ use crate::plan::Plan;
 use crate::report::{CpuClock, Observer};
 use crate::statistics::Product;
 use std::cell::RefCell;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -53,11 +54,33 @@ pub struct Output {
 }
 
 impl Output {
+    /// Opens or begins the ledger in `work` for the run `fingerprint`; there are no shards yet.
+    ///
+    /// # Errors
+    /// The unfinished run in that folder is another one.
+    pub fn open(work: &Path, fingerprint: &str) -> Result<Self> {
+        let (ledger, records) = Ledger::open(&work.join("ledger"), fingerprint)?;
+        Ok(Self {
+            writer: None,
+            ledger: Mutex::new(ledger),
+            records: Mutex::new(records),
+        })
+    }
+
     /// The shards.
     pub fn writer(&self) -> Result<&OutputWriter> {
         self.writer
             .as_ref()
             .ok_or_else(|| Error::Worker("this run writes no checkpoint".into()))
+    }
+
+    /// Tells which of `blocks` an earlier run of the same command has done, and returns how many.
+    pub fn resume(&self, blocks: usize, observer: &dyn Observer) -> usize {
+        let done = self.blocks_done();
+        if done > 0 {
+            observer.note(&format!("continuing: {done} of {blocks} blocks are done"));
+        }
+        done
     }
 
     /// Notes a fact, durably. The data that it speaks of has to be synced before.

@@ -74,10 +74,10 @@ impl SiteStatistics {
         exponents: Exponents,
         products: &[Product],
         tokens: u64,
-        mut sums: impl FnMut(Product, usize, [usize; 2]) -> Result<Vec<i64>>,
+        mut sums: impl FnMut(Product, usize) -> Result<Vec<i64>>,
     ) -> Result<Self> {
         let panels = shapes(exponents.width(), products).map(|(product, first_row, rows, columns)| {
-            let sums = sums(product, first_row, [rows, columns])?;
+            let sums = sums(product, first_row)?;
             match sums.len() == rows * columns {
                 true => Ok(Panel {
                     product,
@@ -113,6 +113,11 @@ impl SiteStatistics {
     /// The sums, a product after the other, by first row.
     pub fn panels(&self) -> &[Panel] {
         &self.panels
+    }
+
+    /// Columns of one of these panels.
+    pub fn columns(&self, panel: &Panel) -> usize {
+        self.width() - first_column(panel.product, panel.first_row)
     }
 
     /// The exponents.
