@@ -5,12 +5,13 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use quantflow::numerics::attention::{AttentionShape, attention};
 use quantflow::numerics::elementwise::silu_gate;
-use quantflow::numerics::factor::{ColumnOrder, Factor};
+use quantflow::numerics::factor::{ColumnOrder, Factor, shift};
 use quantflow::numerics::gemm::{View, ViewMut, product};
 use quantflow::numerics::solver::{GptqOptions, gptq};
 use quantflow::numerics::{Grid, ScaleDtype};
-use quantflow::statistics::{Exponents, Product, SiteStatistics};
+use quantflow::statistics::{Accumulator, Exponents, Product, SiteStatistics};
 use std::hint::black_box;
+use std::sync::Arc;
 
 const TOKENS: usize = 512;
 
@@ -44,16 +45,19 @@ fn kernels(c: &mut Criterion) {
                 )
             });
         });
-        let mut gram = SiteStatistics::new(Exponents::from_probe(&x, width), &[Product::Gram]);
+        let sums =
+            |products| Accumulator::from(SiteStatistics::new(Exponents::from_probe(&x, width), products));
+        let gram = sums(&[Product::Gram]);
         group.bench_function("exact gram", |b| b.iter(|| gram.add(black_box(&x), None, 1)));
-        let mut both =
-            SiteStatistics::new(Exponents::from_probe(&x, width), &[Product::Gram, Product::Cross]);
+        let both = sums(&[Product::Gram, Product::Cross]);
         group.bench_function("exact gram and cross", |b| {
             b.iter(|| both.add(black_box(&x), Some(&other), 1))
         });
 
-        let (gram, cross) = (both.to_f64(Product::Gram).unwrap(), both.to_f64(Product::Cross));
-        let factored = || Factor::new("bench", gram.clone(), cross.clone(), 0.01, ColumnOrder::Static);
+        let products = both.finish().unwrap().into_products();
+        let gram = products.gram.unwrap();
+        let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+        let factored = || Factor::new("bench", &gram, shift.clone(), 0.01, ColumnOrder::Static, true);
         group.bench_function("factor", |b| b.iter(factored));
         let factor = factored().unwrap();
         let rows = random(128 * width);

@@ -8,6 +8,7 @@ use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, copy_tensors, he
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
+use crate::operators::accumulate::Sums;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
@@ -204,6 +205,7 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
             false => Pass::Quantized,
         },
         probe,
+        sums: Sums::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),

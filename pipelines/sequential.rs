@@ -3,17 +3,15 @@
 //! ```text
 //! batches ──exchange──►   embed (replays what is done)
 //!                             │ Go
-//!   ┌──── time = step = block * 4 + site ─────────────────────────────────────────────┐
-//!   │                         ▼                                                       │
-//!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─► partials    │
-//!   │  │                                                       exchange by owner │    │
-//!   │  │                                                                         ▼    │
-//!   │  │                                                       merge ─► factor        │
-//!   │  │                                                                  │ broadcast │
-//!   │  │                                                                  ▼           │
-//!   │  └─ step + 1 ◄─ install ◄─broadcast─ commit ◄─ pack ◄─by linear─ solve          │
-//!   │                                        │                                        │
-//!   └────────────────────────────────────────┼────────────────────────────────────────┘
+//!   ┌──── time = step = block * 4 + site ────────────────────────────────────┐
+//!   │                         ▼                                              │
+//!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─┐    │
+//!   │  │                                      sums, on the block's owner │    │
+//!   │  │                                                  factor ◄───────┘    │
+//!   │  │                                                     │ broadcast      │
+//!   │  └─ step + 1 ◄─ install ◄─broadcast─ commit ◄─ pack ◄─by linear─ solve │
+//!   │                                        │                               │
+//!   └────────────────────────────────────────┼───────────────────────────────┘
 //!                                            ▼
 //!                          output shards, synced ─► ledger
 //! ```
@@ -27,7 +25,6 @@ use crate::operators::embed::embed;
 use crate::operators::factor::factor;
 use crate::operators::forward::forward;
 use crate::operators::install::install;
-use crate::operators::merge::merge;
 use crate::operators::pack::pack;
 use crate::operators::solve::solve;
 use std::rc::Rc;
@@ -50,9 +47,8 @@ pub fn build(worker: &mut Worker, local: &Rc<Local>, order: &[usize]) {
         let (next, cycle) = scope.feedback(1);
         let steps = embed(batches.to_stream(scope), local()).concat(cycle);
         let inputs = forward(steps, local());
-        let partials = accumulate(inputs, local());
-        let merged = merge(partials, local());
-        let factors = factor(merged, local());
+        let sums = accumulate(inputs, local());
+        let factors = factor(sums, local());
         let chunks = solve(factors, local());
         let packed = pack(chunks, local());
         let committed = commit(packed, local());

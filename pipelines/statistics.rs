@@ -6,13 +6,12 @@
 //!                                                              │ exchange
 //!                             embed (replays what is done) ◄───┘
 //!                             │ Go
-//!   ┌──── time = step = block * 4 + site ─────────────────────────────────────────┐
-//!   │                         ▼                                                   │
-//!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─► partials │
-//!   │  │                                                exchange by block │        │
-//!   │  │                                                                  ▼        │
-//!   │  └─ step + 1 ◄────────broadcast───────── keep ◄──────────────── merge        │
-//!   └────────────────────────────────────────────┼────────────────────────────────┘
+//!   ┌──── time = step = block * 4 + site ────────────────────────────────────┐
+//!   │                         ▼                                              │
+//!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─┐    │
+//!   │  │                                      sums, on the block's owner │    │
+//!   │  └─ step + 1 ◄────────broadcast───────── keep ◄────────────────────┘    │
+//!   └────────────────────────────────────────────┼───────────────────────────┘
 //!                                                ▼
 //!                             block files, synced ─► ledger ─► statistics.json
 //! ```
@@ -27,13 +26,13 @@ use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::{SiteKind, Tower};
 use crate::numerics;
+use crate::operators::accumulate::Sums;
 use crate::operators::accumulate::accumulate;
 use crate::operators::embed::embed;
 use crate::operators::forward::forward;
 use crate::operators::groups::changed_groups;
 use crate::operators::keep::keep;
 use crate::operators::local::Output;
-use crate::operators::merge::merge;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
 use crate::plan::Plan;
@@ -129,9 +128,8 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>) {
         let (next, cycle) = scope.feedback(1);
         let steps = embed(batches.to_stream(scope), local()).concat(cycle);
         let inputs = forward(steps, local());
-        let partials = accumulate(inputs, local());
-        let merged = merge(partials, local());
-        keep(merged, local(), Arc::clone(artifact)).connect_loop(next);
+        let sums = accumulate(inputs, local());
+        keep(sums, local(), Arc::clone(artifact)).connect_loop(next);
     });
 }
 
@@ -179,6 +177,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         batches,
         pass: Pass::Original(artifact.header.origin.products()),
         probe,
+        sums: Sums::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
@@ -287,7 +286,7 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
         let sums = SiteKind::ALL.into_iter().map(|site| {
             let mut total = first.site(block, site)?;
             for part in others {
-                total.merge_all(&part.site(block, site)?)?;
+                total.merge(&part.site(block, site)?)?;
             }
             Ok(total)
         });

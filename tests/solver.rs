@@ -2,9 +2,12 @@
 
 use crate::reference;
 use proptest::prelude::*;
-use quantflow::numerics::factor::{ColumnOrder, Factor};
+use quantflow::error::Result;
+use quantflow::numerics::factor::{self, ColumnOrder, Factor};
+use quantflow::numerics::panels::{Panels, Shape};
 use quantflow::numerics::solver::{GptqOptions, SolvedRows, gptq, round_to_nearest};
 use quantflow::numerics::{Grid, ScaleDtype};
+use std::sync::Arc;
 
 const PLAIN: GptqOptions = GptqOptions {
     match_original: 0.0,
@@ -54,6 +57,23 @@ fn layer(width: usize, rows: usize, tokens: usize, seed: u64) -> Layer {
     }
 }
 
+/// Panels of a whole matrix.
+fn panels(square: &[f64], shape: Shape) -> Panels {
+    let width = square.len().isqrt();
+    Panels::from_fn(width, shape, |row, column| square[row * width + column])
+}
+
+/// The factor of `gram`, its Hessian kept.
+fn factored(gram: &[f64], cross: Option<&[f64]>, damp: f64, order: ColumnOrder) -> Result<Factor> {
+    let gram = panels(gram, Shape::Upper);
+    let shift = cross.map(|cross| Arc::new(factor::shift(panels(cross, Shape::Full), &gram)));
+    Factor::new("model.layers.3.mlp.down_proj", &gram, shift, damp, order, true)
+}
+
+fn hessian(factor: &Factor) -> &[f64] {
+    factor.hessian.as_deref().unwrap()
+}
+
 fn grid(bits: u32, group_size: usize, symmetric: bool) -> Grid {
     Grid {
         bits,
@@ -82,21 +102,21 @@ proptest! {
     ) {
         let layer = layer(groups * group, rows, 3 * groups * group, seed);
         let order = if ordered { ColumnOrder::Static } else { ColumnOrder::None };
-        let factor = Factor::new("test", layer.gram.clone(), None, 0.01, order).unwrap();
+        let factor = factored(&layer.gram, None, 0.01, order).unwrap();
         let grid = grid(bits, group, symmetric);
         let solved = gptq(&layer.weights, &factor, grid, PLAIN);
         let weights: Vec<f64> = layer.weights.iter().map(|&w| f64::from(w)).collect();
         let groups = layer.width / group;
-        let codes = reference::gptq(&weights, &factor.hessian, &factor.order, f64::from(grid.max_code()), |row, column| {
+        let codes = reference::gptq(&weights, hessian(&factor), &factor.order, f64::from(grid.max_code()), |row, column| {
             let at = row * groups + column / group;
             (f64::from(solved.weight.scales[at]), f64::from(solved.weight.zeros[at]))
         });
         let ours: Vec<f64> = solved.weight.codes.iter().map(|&code| f64::from(code)).collect();
         prop_assert_eq!(ours, codes);
         // The reported error is the damped loss of these codes; the energy that of the weights.
-        let loss = reference::loss(&errors(&layer, &solved), &factor.hessian, layer.width);
+        let loss = reference::loss(&errors(&layer, &solved), hessian(&factor), layer.width);
         prop_assert!((solved.error - loss).abs() <= RELATIVE * loss.max(solved.energy), "{} {loss}", solved.error);
-        let energy = reference::loss(&weights, &factor.hessian, layer.width);
+        let energy = reference::loss(&weights, hessian(&factor), layer.width);
         prop_assert!((solved.energy - energy).abs() <= RELATIVE * energy);
     }
 
@@ -105,11 +125,11 @@ proptest! {
         seed in 0u64..10_000, bits in prop::sample::select(vec![2u32, 3, 4]), symmetric: bool, rounds in 1usize..4,
     ) {
         let layer = layer(96, 9, 300, seed);
-        let factor = Factor::new("test", layer.gram.clone(), None, 0.01, ColumnOrder::Static).unwrap();
+        let factor = factored(&layer.gram, None, 0.01, ColumnOrder::Static).unwrap();
         let grid = grid(bits, 32, symmetric);
         let plain = gptq(&layer.weights, &factor, grid, PLAIN);
         let refined = gptq(&layer.weights, &factor, grid, GptqOptions { refine_rounds: rounds, ..PLAIN });
-        let loss = reference::loss(&errors(&layer, &refined), &factor.hessian, layer.width);
+        let loss = reference::loss(&errors(&layer, &refined), hessian(&factor), layer.width);
         prop_assert!((refined.error - loss).abs() <= 1e-6 * loss, "{} {loss}", refined.error);
         prop_assert!(refined.error <= plain.error * (1.0 + RELATIVE), "{} {}", refined.error, plain.error);
     }
@@ -117,7 +137,7 @@ proptest! {
     #[test]
     fn rows_do_not_interact(seed in 0u64..10_000, cut in 1usize..7) {
         let layer = layer(64, 8, 200, seed);
-        let factor = Factor::new("test", layer.gram.clone(), Some(layer.cross.clone()), 0.01, ColumnOrder::Static).unwrap();
+        let factor = factored(&layer.gram, Some(&layer.cross), 0.01, ColumnOrder::Static).unwrap();
         let options = GptqOptions { match_original: 0.5, refine_rounds: 0 };
         let solve = |weights: &[f32]| gptq(weights, &factor, grid(4, 32, false), options).weight;
         let whole = solve(&layer.weights);
@@ -131,15 +151,15 @@ proptest! {
     fn target_is_the_closed_form(seed in 0u64..10_000, alpha in 0.1f64..1.0) {
         let layer = layer(24, 3, 90, seed);
         let n = layer.width;
-        let factor = Factor::new("test", layer.gram.clone(), Some(layer.cross.clone()), 0.01, ColumnOrder::Static).unwrap();
+        let factor = factored(&layer.gram, Some(&layer.cross), 0.01, ColumnOrder::Static).unwrap();
         let transposed: Vec<f64> = (0..n * 3).map(|k| f64::from(layer.weights[k % 3 * n + k / 3])).collect();
         let ours = factor.target(&transposed, alpha);
         // W* = W [(1 − α) H + α M + λI] H_d⁻¹
-        let lambda = factor.hessian[0] - layer.gram[0];
+        let lambda = hessian(&factor)[0] - layer.gram[0];
         let middle: Vec<f64> = (0..n * n)
             .map(|k| (1.0 - alpha) * layer.gram[k] + alpha * layer.cross[k] + if k / n == k % n { lambda } else { 0.0 })
             .collect();
-        let inverse = reference::invert(&factor.hessian, n);
+        let inverse = reference::invert(hessian(&factor), n);
         for row in 0..3 {
             let w: Vec<f64> = layer.weights[row * n..][..n].iter().map(|&v| f64::from(v)).collect();
             let times = |v: &[f64], m: &[f64]| -> Vec<f64> {
@@ -156,16 +176,9 @@ proptest! {
 #[test]
 fn gptq_loses_less_than_rounding_and_matching_less_toward_the_original() {
     let layer = layer(128, 32, 500, 7);
-    let factor = Factor::new(
-        "test",
-        layer.gram.clone(),
-        Some(layer.cross.clone()),
-        0.01,
-        ColumnOrder::Static,
-    )
-    .unwrap();
+    let factor = factored(&layer.gram, Some(&layer.cross), 0.01, ColumnOrder::Static).unwrap();
     let grid = grid(3, 32, true);
-    let loss = |solved: &SolvedRows| reference::loss(&errors(&layer, solved), &factor.hessian, 128);
+    let loss = |solved: &SolvedRows| reference::loss(&errors(&layer, solved), hessian(&factor), 128);
     let (rounded, solved) = (
         round_to_nearest(&layer.weights, 128, grid),
         gptq(&layer.weights, &factor, grid, PLAIN),
@@ -185,7 +198,7 @@ fn a_dead_channel_is_rounded_plainly_and_a_singular_hessian_is_damped() {
         layer.gram[5 * 32 + k] = 0.0;
         layer.gram[k * 32 + 5] = 0.0;
     }
-    let factor = Factor::new("test", layer.gram.clone(), None, 0.01, ColumnOrder::Static).unwrap();
+    let factor = factored(&layer.gram, None, 0.01, ColumnOrder::Static).unwrap();
     assert_eq!(factor.dead, 1);
     let solved = gptq(&layer.weights, &factor, grid(4, 32, true), PLAIN).weight;
     for row in 0..4 {
@@ -197,15 +210,9 @@ fn a_dead_channel_is_rounded_plainly_and_a_singular_hessian_is_damped() {
     }
     // Rank one, no damping asked for: retries are counted, and it ends well.
     let rank_one: Vec<f64> = (0..16).map(|k| ((k / 4 + 1) * (k % 4 + 1)) as f64).collect();
-    let factor = Factor::new("test", rank_one, None, 0.0, ColumnOrder::None).unwrap();
+    let factor = factored(&rank_one, None, 0.0, ColumnOrder::None).unwrap();
     assert!(factor.retries > 0 && factor.damp_percent > 0.0);
-    let error = Factor::new(
-        "model.layers.3.mlp.down_proj",
-        vec![f64::NAN; 16],
-        None,
-        0.01,
-        ColumnOrder::None,
-    );
+    let error = factored(&[f64::NAN; 16], None, 0.01, ColumnOrder::None);
     assert!(error.unwrap_err().to_string().contains("down_proj"));
 }
 
@@ -239,7 +246,7 @@ proptest! {
                 energy += out(w).powi(2);
             }
         }
-        let (found_lost, found_energy) = quantflow::numerics::solver::output_error(&w, &q, &hessian);
+        let (found_lost, found_energy) = quantflow::numerics::solver::output_error(&w, &q, &panels(&hessian, Shape::Upper));
         prop_assert!((found_lost - lost).abs() <= 1e-9 * (1.0 + lost));
         prop_assert!((found_energy - energy).abs() <= 1e-9 * (1.0 + energy));
     }

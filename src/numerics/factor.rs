@@ -1,11 +1,13 @@
 //! From exact sums to the factor that the solver works with: damping, column order, one Cholesky factorization.
 
 use super::gemm::{View, ViewMut, product};
+use super::panels::{PANEL_ROWS, Panels, Shape};
 use crate::error::{Error, Result};
 use faer::linalg::cholesky::llt;
 use faer::linalg::triangular_solve;
 use faer::{MatMut, MatRef, Par};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Damping grows by this factor after a failed factorization …
 const DAMP_GROWTH: f64 = 10.0;
@@ -25,20 +27,19 @@ pub enum ColumnOrder {
 
 /// The damped Hessian of a site and its factor: `H_d = H + λI`, permuted `H_d[order, order] = R Rᵀ`, R upper.
 ///
-/// One factorization and no inverse: see Frantar et al., "GPTQ" (2022), for the inverse-Cholesky form and Chen et al., "The
+/// What is kept is L, the lower factor of the same matrix in reversed order, in which R is `R_ij = L[n-1-i, n-1-j]`. One
+/// factorization and no inverse: see Frantar et al., "GPTQ" (2022), for the inverse-Cholesky form and Chen et al., "The
 /// Geometry of LLM Quantization" (2025), for its equality with Babai's nearest plane algorithm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Factor {
-    /// Channels.
-    pub width: usize,
     /// `order[i]` is the original column that is quantized i-th.
     pub order: Vec<usize>,
-    /// R, `[width, width]` row-major, zero below the diagonal, in `order`.
-    pub r: Vec<f64>,
-    /// `H_d`, `[width, width]`, in original order.
-    pub hessian: Vec<f64>,
+    /// L: row and column `r` are original column `order[n - 1 - r]`.
+    pub lower: Panels,
+    /// `H_d`, `[width, width]` row-major, in original order, where it was asked for.
+    pub hessian: Option<Vec<f64>>,
     /// `X̃ᵀX − XᵀX`, original order, where the original model is matched.
-    pub shift: Option<Vec<f64>>,
+    pub shift: Option<Arc<Panels>>,
     /// λ as a share of the mean diagonal, after retries.
     pub damp_percent: f64,
     /// Factorizations that failed before this one.
@@ -47,8 +48,27 @@ pub struct Factor {
     pub dead: usize,
 }
 
+/// `M − H` in the place of `cross`, M = X̃ᵀX, for H in `gram`.
+///
+/// # Panics
+/// The widths differ.
+pub fn shift(mut cross: Panels, gram: &Panels) -> Panels {
+    assert_eq!(cross.width(), gram.width());
+    for panel in 0..cross.count() {
+        let rows = cross.rows(panel);
+        let values = cross.panel_mut(panel);
+        for (row, values) in rows.zip(values.chunks_exact_mut(gram.width())) {
+            for (column, value) in values.iter_mut().enumerate() {
+                *value -= gram.at(row, column);
+            }
+        }
+    }
+    cross
+}
+
 impl Factor {
-    /// Factors `gram = XᵀX`, `[width, width]`; `cross = X̃ᵀX` likewise. `site` is for the error alone.
+    /// Factors `gram = XᵀX`, upper panels; `shift` is kept along. `site` is for the error alone. The damped Hessian itself is kept if
+    /// `keep_hessian`: refinement needs it.
     ///
     /// A dead channel (zero diagonal) gets the mean diagonal and no cross terms: plain rounding of its column, whose
     /// weights may well live at run time.
@@ -57,14 +77,15 @@ impl Factor {
     /// The matrix is not finite, or stays indefinite after four tenfold increases of the damping.
     pub fn new(
         site: &str,
-        mut gram: Vec<f64>,
-        cross: Option<Vec<f64>>,
+        gram: &Panels,
+        shift: Option<Arc<Panels>>,
         damp_percent: f64,
         column_order: ColumnOrder,
+        keep_hessian: bool,
     ) -> Result<Self> {
-        let width = gram.len().isqrt();
-        let diagonal: Vec<f64> = (0..width).map(|i| gram[i * width + i]).collect();
-        let mean = diagonal.iter().sum::<f64>() / width as f64;
+        let width = gram.width();
+        let energies = gram.diagonal();
+        let mean = energies.iter().sum::<f64>() / width as f64;
         if !(mean.is_finite() && mean >= 0.0) {
             return Err(Error::Factor {
                 site: site.into(),
@@ -73,29 +94,33 @@ impl Factor {
         }
         // With no token at all every column is plain rounding.
         let mean = if mean > 0.0 { mean } else { 1.0 };
-        let shift = cross.map(|cross| cross.iter().zip(&gram).map(|(m, h)| m - h).collect());
         let mut order: Vec<usize> = (0..width).collect();
         if column_order == ColumnOrder::Static {
-            order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
+            order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]));
         }
-        let mut dead = 0;
-        for (i, &energy) in diagonal.iter().enumerate() {
-            if energy <= 0.0 {
-                dead += 1;
-                gram[i * width + i] = mean;
-            }
-        }
+        let dead = energies.iter().filter(|energy| **energy <= 0.0).count();
+        let alive = |energy: f64| if energy <= 0.0 { mean } else { energy };
+        let reversed: Vec<usize> = order.iter().rev().copied().collect();
         let mut damp = damp_percent;
         for retries in 0..=DAMP_RETRIES_MAX {
             let lambda = damp * mean;
-            match factor(&gram, width, &order, lambda) {
-                Ok(r) => {
-                    (0..width).for_each(|i| gram[i * width + i] += lambda);
+            let damped = |i: usize| alive(energies[i]) + lambda;
+            let mut lower = Panels::from_fn(width, Shape::Lower, |row, column| match row.cmp(&column) {
+                std::cmp::Ordering::Greater => gram.at(reversed[row], reversed[column]),
+                std::cmp::Ordering::Equal => damped(reversed[row]),
+                std::cmp::Ordering::Less => 0.0,
+            });
+            match cholesky(&mut lower) {
+                Ok(()) => {
+                    let hessian = keep_hessian.then(|| {
+                        let mut square = gram.to_square();
+                        (0..width).for_each(|i| square[i * width + i] = damped(i));
+                        square
+                    });
                     return Ok(Self {
-                        width,
                         order,
-                        r,
-                        hessian: gram,
+                        lower,
+                        hessian,
                         shift,
                         damp_percent: damp,
                         retries,
@@ -105,7 +130,7 @@ impl Factor {
                 Err(pivot) if retries == DAMP_RETRIES_MAX => {
                     return Err(Error::Factor {
                         site: site.into(),
-                        pivot: order[pivot],
+                        pivot: reversed[pivot],
                     });
                 }
                 Err(_) => damp = damp.max(1e-4) * DAMP_GROWTH,
@@ -114,76 +139,178 @@ impl Factor {
         unreachable!("the last retry returns")
     }
 
+    /// Channels.
+    pub fn width(&self) -> usize {
+        self.order.len()
+    }
+
+    /// The original column of row `row` of [`Self::lower`].
+    pub fn column(&self, row: usize) -> usize {
+        self.order[self.width() - 1 - row]
+    }
+
+    /// `R_ii²` by original column: the variance of each given the later ones.
+    pub fn importance(&self) -> Vec<f64> {
+        let mut importance = vec![0.0; self.width()];
+        for (row, pivot) in self.lower.diagonal().into_iter().enumerate() {
+            importance[self.column(row)] = pivot * pivot;
+        }
+        importance
+    }
+
     /// `y = H_d⁻¹ y` for `y [width, lanes]`, row-major, in original column order.
     pub fn solve(&self, y: &mut [f64]) {
-        let lanes = y.len() / self.width;
+        let lanes = y.len() / self.width();
         let mut ordered: Vec<f64> = Vec::with_capacity(y.len());
-        for &column in &self.order {
-            ordered.extend_from_slice(&y[column * lanes..][..lanes]);
+        for row in 0..self.width() {
+            ordered.extend_from_slice(&y[self.column(row) * lanes..][..lanes]);
         }
-        let r = MatRef::from_row_major_slice(&self.r, self.width, self.width);
-        let mut rhs = MatMut::from_row_major_slice_mut(&mut ordered, self.width, lanes);
-        triangular_solve::solve_upper_triangular_in_place(r, rhs.as_mut(), Par::Seq);
-        triangular_solve::solve_lower_triangular_in_place(r.transpose(), rhs, Par::Seq);
-        for (row, &column) in ordered.chunks_exact(lanes).zip(&self.order) {
-            y[column * lanes..][..lanes].copy_from_slice(row);
+        let panels = 0..self.lower.count();
+        for panel in panels.clone() {
+            let (rows, stride) = (self.lower.rows(panel), self.lower.columns(panel).len());
+            let (before, from) = ordered.split_at_mut(rows.start * lanes);
+            if !before.is_empty() {
+                product(
+                    ViewMut::rows(from, rows.len(), lanes, lanes),
+                    1.0,
+                    View::rows(self.lower.panel(panel), rows.len(), rows.start, stride),
+                    View::rows(before, rows.start, lanes, lanes),
+                    -1.0,
+                );
+            }
+            let own = MatMut::from_row_major_slice_mut(&mut from[..rows.len() * lanes], rows.len(), lanes);
+            let triangle = diagonal_block(self.lower.panel(panel), rows.start, rows.len(), stride);
+            triangular_solve::solve_lower_triangular_in_place(triangle, own, Par::Seq);
+        }
+        for panel in panels.rev() {
+            let (rows, stride) = (self.lower.rows(panel), self.lower.columns(panel).len());
+            let (before, from) = ordered.split_at_mut(rows.start * lanes);
+            let own = &mut from[..rows.len() * lanes];
+            let triangle = diagonal_block(self.lower.panel(panel), rows.start, rows.len(), stride);
+            triangular_solve::solve_upper_triangular_in_place(
+                triangle.transpose(),
+                MatMut::from_row_major_slice_mut(own, rows.len(), lanes),
+                Par::Seq,
+            );
+            if !before.is_empty() {
+                product(
+                    ViewMut::rows(before, rows.start, lanes, lanes),
+                    1.0,
+                    View::rows(self.lower.panel(panel), rows.len(), rows.start, stride).transposed(),
+                    View::rows(own, rows.len(), lanes, lanes),
+                    -1.0,
+                );
+            }
+        }
+        for (row, values) in ordered.chunks_exact(lanes).enumerate() {
+            y[self.column(row) * lanes..][..lanes].copy_from_slice(values);
         }
     }
 
     /// The target that pulls a layer toward the original model's activations: `W* = W + α W (M − H) H_d⁻¹`, M = X̃ᵀX, for
     /// `weights [width, lanes]` (a weight row a lane). At α = 1 it minimises ‖W X̃ − W* X‖² + λ‖W − W*‖².
     pub fn target(&self, weights: &[f64], alpha: f64) -> Vec<f64> {
-        let lanes = weights.len() / self.width;
+        let width = self.width();
+        let lanes = weights.len() / width;
         let Some(shift) = self.shift.as_ref().filter(|_| alpha != 0.0) else {
             return weights.to_vec();
         };
         let mut moved = vec![0.0; weights.len()];
-        product(
-            ViewMut::rows(&mut moved, self.width, lanes, lanes),
-            0.0,
-            View::rows(shift, self.width, self.width, self.width).transposed(),
-            View::rows(weights, self.width, lanes, lanes),
-            alpha,
-        );
+        for panel in 0..shift.count() {
+            let rows = shift.rows(panel);
+            product(
+                ViewMut::rows(&mut moved, width, lanes, lanes),
+                1.0,
+                View::rows(shift.panel(panel), rows.len(), width, width).transposed(),
+                View::rows(&weights[rows.start * lanes..], rows.len(), lanes, lanes),
+                alpha,
+            );
+        }
         self.solve(&mut moved);
         moved.iter_mut().zip(weights).for_each(|(m, w)| *m += w);
         moved
     }
 }
 
-/// R with `(gram + λI)[order, order] = R Rᵀ`, or the position of the pivot that is not positive.
-fn factor(gram: &[f64], width: usize, order: &[usize], lambda: f64) -> Result<Vec<f64>, usize> {
-    // J H J = L Lᵀ with J the reversal gives R = J L J, upper.
-    let at = |i: usize| order[width - 1 - i];
-    let mut a = vec![0.0; width * width];
-    for i in 0..width {
-        let source = &gram[at(i) * width..][..width];
-        for (j, value) in a[i * width..][..=i].iter_mut().enumerate() {
-            *value = source[at(j)];
+/// The square on the diagonal of a lower panel.
+fn diagonal_block(panel: &[f64], first: usize, rows: usize, stride: usize) -> MatRef<'_, f64> {
+    MatRef::from_row_major_slice_with_stride(&panel[first..], rows, rows, stride)
+}
+
+/// The lower factor in the place of the matrix, or the row of the pivot that is not positive. Left-looking: a panel needs the ones
+/// before it, one at a time.
+fn cholesky(lower: &mut Panels) -> Result<(), usize> {
+    let mut block = vec![0.0; PANEL_ROWS * PANEL_ROWS];
+    for panel in 0..lower.count() {
+        let rows = lower.rows(panel);
+        let stride = rows.end;
+        for earlier in 0..=panel {
+            let columns = lower.rows(earlier);
+            let (before, own) = lower.before_and_at(panel);
+            let block = &mut block[..rows.len() * columns.len()];
+            for (out, row) in block
+                .chunks_exact_mut(columns.len())
+                .zip(own.chunks_exact(stride))
+            {
+                out.copy_from_slice(&row[columns.clone()]);
+            }
+            if columns.start > 0 {
+                let left = View::rows(own, rows.len(), columns.start, stride);
+                let right = match before.get(earlier) {
+                    Some(before) => View::rows(before, columns.len(), columns.start, columns.end),
+                    None => left,
+                };
+                product(
+                    ViewMut::rows(block, rows.len(), columns.len(), columns.len()),
+                    1.0,
+                    left,
+                    right.transposed(),
+                    -1.0,
+                );
+            }
+            let mut values = MatMut::from_row_major_slice_mut(block, rows.len(), columns.len());
+            match before.get(earlier) {
+                Some(before) => triangular_solve::solve_lower_triangular_in_place(
+                    diagonal_block(before, columns.start, columns.len(), columns.end),
+                    values.transpose_mut(),
+                    Par::Seq,
+                ),
+                None => {
+                    factor_block(values.as_mut()).map_err(|pivot| rows.start + pivot)?;
+                    for (i, row) in block.chunks_exact_mut(columns.len()).enumerate() {
+                        row[i + 1..].fill(0.0);
+                    }
+                }
+            }
+            for (row, values) in own
+                .chunks_exact_mut(stride)
+                .zip(block.chunks_exact(columns.len()))
+            {
+                row[columns.clone()].copy_from_slice(values);
+            }
         }
-        a[i * width + i] += lambda;
     }
-    let mut lower = MatMut::from_row_major_slice_mut(&mut a, width, width);
+    Ok(())
+}
+
+/// Cholesky of a block in memory; the half above the diagonal is left as it was.
+fn factor_block(mut block: MatMut<'_, f64>) -> Result<(), usize> {
+    let width = block.nrows();
     let scratch = llt::factor::cholesky_in_place_scratch::<f64>(width, Par::Seq, Default::default());
     let mut memory = faer::dyn_stack::MemBuffer::new(scratch);
     llt::factor::cholesky_in_place(
-        lower.as_mut(),
+        block.as_mut(),
         Default::default(),
         Par::Seq,
         faer::dyn_stack::MemStack::new(&mut memory),
         Default::default(),
     )
     .map_err(|error| match error {
-        llt::factor::LltError::NonPositivePivot { index } => width - 1 - index,
+        llt::factor::LltError::NonPositivePivot { index } => index,
     })?;
-    // Reversing both rows and columns of a row-major matrix is reversing the slice.
-    a.reverse();
-    for i in 1..width {
-        a[i * width..][..i].fill(0.0);
-    }
-    let finite = (0..width).find(|i| !(a[i * width + i] > 0.0 && a[i * width + i].is_finite()));
-    match finite {
+    let usable = |i: &usize| block[(*i, *i)] > 0.0 && block[(*i, *i)].is_finite();
+    match (0..width).find(|i| !usable(i)) {
         Some(pivot) => Err(pivot),
-        None => Ok(a),
+        None => Ok(()),
     }
 }

@@ -69,6 +69,11 @@ impl<'a, T> View<'a, T> {
         Self { data, shape }
     }
 
+    /// Columns of the view.
+    pub fn columns(self) -> usize {
+        self.shape.columns
+    }
+
     /// The transpose.
     pub fn transposed(self) -> Self {
         let s = self.shape;

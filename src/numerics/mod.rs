@@ -5,6 +5,7 @@ pub mod divergence;
 pub mod elementwise;
 pub mod factor;
 pub mod gemm;
+pub mod panels;
 mod quantized;
 mod refine;
 pub mod scales;

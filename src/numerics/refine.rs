@@ -1,7 +1,6 @@
 //! Scale refit and coordinate descent after the sweep: each step can only lower tr(E H_d Eᵀ), E = W* − Q.
 
 use super::Grid;
-use super::factor::Factor;
 use super::gemm::{View, ViewMut, product};
 use super::scales::Scales;
 use super::simd::vectorized;
@@ -9,20 +8,21 @@ use super::simd::vectorized;
 /// Columns between two updates of the gradient by GEMM.
 const DESCENT_BLOCK: usize = 64;
 
-/// Improves `codes` (`[width, lanes]`, original order) and `scales` in place; returns the final tr(E H_d Eᵀ).
+/// Improves `codes` (`[width, lanes]`, original order) and `scales` in place, for `hessian` = H_d `[width, width]`; returns the final tr(E H_d Eᵀ).
 pub(super) fn refine(
     target: &[f64],
     codes: &mut [f64],
     scales: &mut Scales,
-    factor: &Factor,
+    hessian: &[f64],
     grid: Grid,
     rounds: usize,
 ) -> f64 {
-    let lanes = target.len() / factor.width;
+    let width = hessian.len().isqrt();
+    let lanes = target.len() / width;
     let mut state = State {
         lanes,
-        width: factor.width,
-        hessian: &factor.hessian,
+        width,
+        hessian,
         grid,
         errors: vec![0.0; target.len()],
         gradient: vec![0.0; target.len()],

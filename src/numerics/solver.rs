@@ -5,13 +5,14 @@
 
 use super::factor::Factor;
 use super::gemm::{View, ViewMut, product};
+use super::panels::{PANEL_ROWS, Panels};
 use super::refine::refine;
 use super::scales::{Scales, assemble, search};
 use super::simd::vectorized;
 use super::{Grid, QuantizedWeight};
 use serde::{Deserialize, Serialize};
 
-/// Columns between two GEMMs of the sweep.
+/// Columns between two GEMMs within a panel of the sweep.
 const SWEEP_BLOCK: usize = 64;
 
 /// Switches of the GPTQ solver.
@@ -73,26 +74,17 @@ pub fn round_to_nearest(weights: &[f32], columns: usize, grid: Grid) -> SolvedRo
 /// factor's order, each one's error fed to the later ones: `t_i = w_i + Σ_{j<i} e_j R_ji / R_ii`.
 ///
 /// # Panics
-/// The weights' width is not the factor's.
+/// The weights' width is not the factor's, or they are to be refined and the factor has no Hessian.
 pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) -> SolvedRows {
-    let width = factor.width;
+    let width = factor.width();
     let lanes = weights.len() / width;
     let target = factor.target(&transposed(weights, width), options.match_original);
-    let mut importance = vec![0.0; width];
-    for (i, &column) in factor.order.iter().enumerate() {
-        importance[column] = factor.r[i * width + i].powi(2);
-    }
-    let mut scales = search(&target, lanes, &importance, grid);
+    let mut scales = search(&target, lanes, &factor.importance(), grid);
     let mut swept = sweep(&target, lanes, factor, &scales, grid);
     if options.refine_rounds > 0 {
-        swept.error = refine(
-            &target,
-            &mut swept.codes,
-            &mut scales,
-            factor,
-            grid,
-            options.refine_rounds,
-        );
+        let hessian = factor.hessian.as_ref().expect("refinement needs the Hessian");
+        let rounds = options.refine_rounds;
+        swept.error = refine(&target, &mut swept.codes, &mut scales, hessian, grid, rounds);
     }
     SolvedRows {
         weight: assemble(&swept.codes, lanes, &scales, grid),
@@ -102,20 +94,11 @@ pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) 
     }
 }
 
-/// `(tr((W − Q) H (W − Q)ᵀ), tr(W H Wᵀ))` for `weights` and `quantized`, `[rows, width]`, and `hessian`, `[width, width]`: the squared
+/// `(tr((W − Q) H (W − Q)ᵀ), tr(W H Wᵀ))` for `weights` and `quantized`, `[rows, width]`, and `hessian`, upper panels: the squared
 /// error of the outputs over the tokens of `hessian`, and their energy.
-pub fn output_error(weights: &[f32], quantized: &[f32], hessian: &[f64]) -> (f64, f64) {
-    let width = hessian.len().isqrt();
-    let rows = weights.len() / width;
+pub fn output_error(weights: &[f32], quantized: &[f32], hessian: &Panels) -> (f64, f64) {
     let energy = |values: &[f64]| {
-        let mut moved = vec![0.0; values.len()];
-        product(
-            ViewMut::rows(&mut moved, rows, width, width),
-            0.0,
-            View::rows(values, rows, width, width),
-            View::rows(hessian, width, width, width),
-            1.0,
-        );
+        let moved = hessian.symmetric_product(values);
         moved.iter().zip(values).map(|(m, v)| m * v).sum::<f64>()
     };
     let whole: Vec<f64> = weights.iter().map(|&w| f64::from(w)).collect();
@@ -132,66 +115,81 @@ struct Swept {
     clipped: u64,
 }
 
-/// Error feedback, blocked and left-looking: one GEMM brings the errors of all earlier columns to a block of columns, of which only
-/// that panel of R is needed at a time.
+/// Error feedback. Columns go in the factor's order, so the rows of L from the last to the first; a GEMM brings the errors of a panel
+/// of them to all later columns: each panel of L is read once.
 fn sweep(target: &[f64], lanes: usize, factor: &Factor, scales: &Scales, grid: Grid) -> Swept {
-    let width = factor.width;
+    let lower = &factor.lower;
     let mut codes = vec![0.0; target.len()];
-    // In the factor's order.
-    let ordered: Vec<f64> = factor
-        .order
-        .iter()
-        .flat_map(|&c| &target[c * lanes..][..lanes])
-        .copied()
-        .collect();
-    let mut errors = vec![0.0; target.len()];
-    let mut carried = vec![0.0; SWEEP_BLOCK * lanes];
-    let (mut error, mut energy, mut clipped) = (0.0, 0.0, 0);
-    for begin in (0..width).step_by(SWEEP_BLOCK) {
-        let block = SWEEP_BLOCK.min(width - begin);
-        let panel = |rows: usize| View::rows(&factor.r[begin..], rows, block, width).transposed();
-        let carry = |out: &mut [f64], rows: usize, of: &[f64]| {
-            product(
-                ViewMut::rows(out, block, lanes, lanes),
-                0.0,
-                panel(rows),
-                View::rows(of, rows, lanes, lanes),
-                1.0,
+    // Both by row of L: Σ e_j R_ji of the columns before, and W* R.
+    let mut carried = vec![0.0; target.len()];
+    let mut outputs = vec![0.0; target.len()];
+    let panel_values = PANEL_ROWS.min(factor.width()) * lanes;
+    let (mut wanted, mut errors) = (vec![0.0; panel_values], vec![0.0; panel_values]);
+    let (mut error, mut clipped) = (0.0, 0);
+    for panel in (0..lower.count()).rev() {
+        let (rows, l) = (lower.rows(panel), lower.panel(panel));
+        let stride = rows.end;
+        for (row, wanted) in rows.clone().zip(wanted.chunks_exact_mut(lanes)) {
+            wanted.copy_from_slice(&target[factor.column(row) * lanes..][..lanes]);
+        }
+        for begin in rows.clone().step_by(SWEEP_BLOCK).rev() {
+            let block = begin..rows.end.min(begin + SWEEP_BLOCK);
+            for row in block.clone().rev() {
+                let at = row - rows.start;
+                let column = factor.column(row);
+                let group = column / grid.group_size;
+                let (later, mine) = carried.split_at_mut(row * lanes);
+                let step = Column {
+                    target: &wanted[at * lanes..][..lanes],
+                    carried: &mine[..lanes],
+                    scale: &scales.scale[group * lanes..][..lanes],
+                    zero: &scales.zero[group * lanes..][..lanes],
+                    max_code: f64::from(grid.max_code()),
+                    pivot: l[at * stride + row],
+                };
+                let e = &mut errors[at * lanes..][..lanes];
+                let (squares, clips) = step.round(&mut codes[column * lanes..][..lanes], e);
+                error += squares;
+                clipped += clips;
+                feed(&mut later[begin * lanes..], &l[at * stride..][begin..row], e);
+            }
+            // The rest of the panel.
+            let first = (begin - rows.start) * stride + rows.start;
+            spread(
+                &mut carried[rows.start * lanes..begin * lanes],
+                View::rows(&l[first..], block.len(), begin - rows.start, stride),
+                View::rows(&errors[(begin - rows.start) * lanes..], block.len(), lanes, lanes),
             );
-        };
-        // (W* R) of these columns, for the energy; then the errors that they inherit.
-        carry(&mut carried, begin + block, &ordered);
-        energy += carried[..block * lanes].iter().map(|v| v * v).sum::<f64>();
-        carry(&mut carried, begin, &errors);
-        if begin == 0 {
-            carried.fill(0.0);
         }
-        for i in 0..block {
-            let row = &factor.r[(begin + i) * width + begin..][..block];
-            let column = factor.order[begin + i];
-            let group = column / grid.group_size;
-            let (mine, later) = carried[i * lanes..block * lanes].split_at_mut(lanes);
-            let step = Column {
-                target: &ordered[(begin + i) * lanes..][..lanes],
-                carried: mine,
-                scale: &scales.scale[group * lanes..][..lanes],
-                zero: &scales.zero[group * lanes..][..lanes],
-                max_code: f64::from(grid.max_code()),
-                pivot: row[i],
-            };
-            let e = &mut errors[(begin + i) * lanes..][..lanes];
-            let (squares, clips) = step.round(&mut codes[column * lanes..][..lanes], e);
-            error += squares;
-            clipped += clips;
-            feed(later, &row[i + 1..], e);
-        }
+        spread(
+            &mut carried[..rows.start * lanes],
+            View::rows(l, rows.len(), rows.start, stride),
+            View::rows(&errors, rows.len(), lanes, lanes),
+        );
+        spread(
+            &mut outputs[..rows.end * lanes],
+            View::rows(l, rows.len(), rows.end, stride),
+            View::rows(&wanted, rows.len(), lanes, lanes),
+        );
     }
     Swept {
         codes,
         error,
-        energy,
+        energy: outputs.iter().map(|v| v * v).sum(),
         clipped,
     }
+}
+
+/// `out += lᵀ · values`
+fn spread(out: &mut [f64], l: View<'_, f64>, values: View<'_, f64>) {
+    let lanes = values.columns();
+    product(
+        ViewMut::rows(out, l.columns(), lanes, lanes),
+        1.0,
+        l.transposed(),
+        values,
+        1.0,
+    );
 }
 
 /// One column of the sweep, an entry a lane.

@@ -1,91 +1,105 @@
-//! `accumulate`: sums each batch's products exactly; when the frontier says that a step's last batch is in, sends this
-//! worker's sums to the step's owner.
+//! `accumulate`: adds each batch's products to the step's exact sums, which the workers of a process share; when the frontier
+//! says that no worker has a batch of the step left, the step's owner hands the sums on.
 
 use super::local::Local;
-use super::records::{Partial, SiteInput};
+use super::records::{Merged, SiteInput};
 use crate::error::{Error, Result};
-use crate::statistics::{Exponents, SiteStatistics};
+use crate::statistics::{Accumulator, Exponents, SiteStatistics};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// See the module. The probe comes first at each step and fixes the exponents.
+/// Sums of the steps in work, shared by the workers of a process.
+#[derive(Debug, Default)]
+pub struct Sums(Mutex<BTreeMap<u64, Arc<Accumulator>>>);
+
+impl Sums {
+    fn begin(&self, step: u64, new: impl FnOnce() -> SiteStatistics) -> Result<()> {
+        let mut sums = self.0.lock().map_err(|_| poisoned())?;
+        sums.entry(step)
+            .or_insert_with(|| Arc::new(Accumulator::from(new())));
+        Ok(())
+    }
+
+    fn get(&self, step: u64) -> Result<Arc<Accumulator>> {
+        let sums = self.0.lock().map_err(|_| poisoned())?;
+        let sums = sums.get(&step).cloned();
+        sums.ok_or_else(|| Error::Worker("a batch came before the probe".into()))
+    }
+
+    /// The sums of a step to which nobody adds any more.
+    fn take(&self, step: u64) -> Result<SiteStatistics> {
+        let sums = self.0.lock().map_err(|_| poisoned())?.remove(&step);
+        sums.and_then(Arc::into_inner)
+            .ok_or_else(|| Error::Worker("a step ended before its sums were complete".into()))?
+            .finish()
+    }
+}
+
+/// One record a step, on the worker that owns it: its complete statistics. The probe comes first at each step and fixes the exponents.
 pub fn accumulate<'scope>(
     inputs: StreamVec<'scope, u64, SiteInput>,
     local: Rc<Local>,
-) -> StreamVec<'scope, u64, Partial> {
-    inputs.unary_frontier::<CapacityContainerBuilder<Vec<Partial>>, _, _, _>(
+) -> StreamVec<'scope, u64, Merged> {
+    inputs.unary_frontier::<CapacityContainerBuilder<Vec<Merged>>, _, _, _>(
         Pipeline,
         "accumulate",
         move |_, _| {
-            let mut steps: BTreeMap<u64, (Capability<u64>, Option<SiteStatistics>)> = BTreeMap::new();
+            let mut steps: BTreeMap<u64, Capability<u64>> = BTreeMap::new();
             move |(input, frontier), output| {
                 input.for_each_stamp(|capability, data| {
                     let Some(capability) = capability.retain_least(output.output_index()) else {
                         return;
                     };
                     let step = *capability.time();
-                    let (_, statistics) = steps.entry(step).or_insert((capability, None));
                     for record in data.flat_map(|container| container.drain(..)) {
-                        local.run("accumulate", || add(&local, step, statistics, &record));
+                        local.run("accumulate", || add(&local, step, &record));
                     }
+                    steps.entry(step).or_insert(capability);
                 });
                 while let Some(entry) = steps
                     .first_entry()
                     .filter(|entry| !frontier.less_equal(entry.key()))
                 {
-                    let (step, (capability, statistics)) = entry.remove_entry();
-                    let Some(statistics) = statistics else { continue };
-                    let owner = local.owner(step);
-                    let (mut tokens, untouched) = (statistics.tokens(), statistics.is_untouched());
-                    let exponents = Arc::new(statistics.exponents().clone());
-                    let panels = statistics.into_panels();
-                    let panels: Vec<_> = if untouched {
-                        vec![None]
-                    } else {
-                        panels.into_iter().map(Some).collect()
-                    };
-                    let partial = |panel| Partial {
-                        owner,
-                        tokens: std::mem::take(&mut tokens),
-                        exponents: Arc::clone(&exponents),
-                        panel,
-                    };
-                    output
-                        .session(&capability)
-                        .give_iterator(panels.into_iter().map(partial));
+                    let (step, capability) = entry.remove_entry();
+                    if local.owner(step) != local.index as u64 {
+                        continue;
+                    }
+                    if let Some(sums) = local.run("accumulate", || local.shared.sums.take(step)) {
+                        output.session(&capability).give(Merged(sums));
+                    }
                 }
             }
         },
     )
 }
 
-fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record: &SiteInput) -> Result<()> {
+fn add(local: &Local, step: u64, record: &SiteInput) -> Result<()> {
+    let shared = &local.shared;
     let x = values(&record.x)?;
     if record.probe {
-        let exponents = Exponents::from_probe(&x, record.x.dim(1)?);
-        *statistics = Some(SiteStatistics::new(exponents, local.shared.pass.products()));
-        return Ok(());
+        return shared.sums.begin(step, || {
+            let exponents = Exponents::from_probe(&x, x.len() / shared.probe.len());
+            SiteStatistics::new(exponents, shared.pass.products())
+        });
     }
-    let Some(statistics) = statistics else {
-        return Err(Error::Worker("a batch came before the probe".into()));
-    };
     // The sums of a step without a linear to quantize would serve nothing.
-    if !local.shared.plan.is_active(step) {
+    if !shared.plan.is_active(step) {
         return Ok(());
     }
+    let sums = shared.sums.get(step)?;
     let original = record.original.as_ref().map(values).transpose()?;
     let added = match record.held_out {
-        true => statistics.add_held_out(&x, record.multiplicity),
-        false => statistics.add(&x, original.as_deref(), record.multiplicity),
+        true => sums.add_held_out(&x, record.multiplicity),
+        false => sums.add(&x, original.as_deref(), record.multiplicity),
     };
     added.map_err(|error| {
-        let (block, site) = local.shared.plan.step(step);
+        let (block, site) = shared.plan.step(step);
         Error::invalid(
             format!("block {block}, input of {site:?}"),
             error.to_string(),
@@ -96,4 +110,8 @@ fn add(local: &Local, step: u64, statistics: &mut Option<SiteStatistics>, record
 
 fn values(x: &Tensor) -> Result<Vec<f32>> {
     Ok(x.flatten_all()?.to_vec1::<f32>()?)
+}
+
+fn poisoned() -> Error {
+    Error::Worker("a worker stopped while it summed".into())
 }

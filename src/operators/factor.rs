@@ -2,9 +2,8 @@
 
 use super::local::Local;
 use super::records::{Factored, Merged};
-use crate::error::Result;
-use crate::numerics::factor::Factor;
-use crate::statistics::Product;
+use crate::error::{Error, Result};
+use crate::numerics::factor::{Factor, shift};
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -37,22 +36,22 @@ pub fn factor<'scope>(
                                 });
                             }
                             let name = &plan.step_linears(step)[0].name;
-                            let gram = statistics.to_f64(Product::Gram).unwrap_or_default();
-                            let cross = statistics.to_f64(Product::Cross);
+                            let recipe = &plan.recipe;
                             let tokens = u64::try_from(statistics.tokens()).unwrap_or(0);
-                            let held_out = statistics.to_f64(Product::HeldOut);
-                            drop(statistics);
-                            let mut damps = plan.recipe.damp_percent.candidates();
-                            let last = damps.pop().unwrap_or_default();
-                            let factor = |gram, cross, damp| {
-                                Factor::new(name, gram, cross, damp, plan.recipe.actorder).map(Arc::new)
+                            let products = statistics.into_products();
+                            let gram = products
+                                .gram
+                                .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
+                            let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+                            let refined = recipe.refine_rounds() > 0;
+                            let factor = |damp| {
+                                Factor::new(name, &gram, shift.clone(), damp, recipe.actorder, refined)
                             };
-                            let mut factors = damps
-                                .into_iter()
-                                .map(|damp| factor(gram.clone(), cross.clone(), damp))
-                                .collect::<Result<Vec<_>>>()?;
-                            // The last takes the sums themselves: with one damping there is one copy.
-                            factors.push(factor(gram, cross, last)?);
+                            let damps = recipe.damp_percent.candidates().into_iter();
+                            let factors = damps
+                                .map(|damp| factor(damp).map(Arc::new))
+                                .collect::<Result<_>>()?;
+                            let held_out = products.held_out;
                             Ok(Factored {
                                 factors,
                                 held_out: held_out.map(Arc::new),

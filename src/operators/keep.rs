@@ -30,7 +30,7 @@ pub fn keep<'scope>(
             let (block, site) = shared.plan.step(step);
             for Merged(mut sums) in merged {
                 if !artifact.header.blocks.is_empty() {
-                    sums.merge_all(&artifact.site(block, site)?)?;
+                    sums.merge(&artifact.site(block, site)?)?;
                 }
                 block_sums.push(sums);
             }

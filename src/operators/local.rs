@@ -1,5 +1,6 @@
 //! What operators may touch besides their streams: state of the process ([`Shared`]) and of the worker ([`Local`]).
 
+use super::accumulate::Sums;
 use super::activations::{ActivationStore, Stream};
 use super::stages::Stages;
 use crate::calibration::Batch;
@@ -148,6 +149,8 @@ pub struct Shared {
     pub probe: Vec<u32>,
     /// Rotary tables for the longest sequence, the probe included.
     pub rotary: Vec<Arc<Rotary>>,
+    /// Sums of the steps in work.
+    pub sums: Sums,
     /// Weights of the steps in work.
     pub stages: Stages,
     /// The target.
@@ -175,7 +178,7 @@ pub struct Local {
 }
 
 impl Local {
-    /// The worker that merges, and factors or keeps, the sums of a step.
+    /// The worker that factors or keeps the sums of a step.
     pub fn owner(&self, step: u64) -> u64 {
         (self.shared.plan.step(step).0 % self.peers) as u64
     }

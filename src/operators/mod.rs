@@ -12,7 +12,6 @@ pub mod install;
 pub mod keep;
 pub mod load;
 pub mod local;
-pub mod merge;
 pub mod pack;
 pub mod records;
 pub mod solve;

@@ -2,9 +2,10 @@
 
 use crate::numerics::QuantizedWeight;
 use crate::numerics::factor::Factor;
+use crate::numerics::panels::Panels;
 use crate::numerics::solver::SolvedRows;
 use crate::report::Row;
-use crate::statistics::{Exponents, Panel, SiteStatistics};
+use crate::statistics::SiteStatistics;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -28,19 +29,6 @@ pub struct SiteInput {
     pub original: Option<Tensor>,
 }
 
-/// A part of a worker's sums of one step.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Partial {
-    /// Worker that merges the step's sums.
-    pub owner: u64,
-    /// Tokens behind all the sender's panels, told once.
-    pub tokens: i64,
-    /// The same on every worker.
-    pub exponents: Arc<Exponents>,
-    /// Some rows of a product; `None` from a worker that had no batch.
-    pub panel: Option<Panel>,
-}
-
 /// The complete statistics of a step, on the worker that owns its block.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Merged(pub SiteStatistics);
@@ -51,8 +39,8 @@ pub struct Factored {
     /// None where the step has nothing to quantize, or the method needs no statistics; several, with different damping, to choose
     /// from by the held-out error.
     pub factors: Vec<Arc<Factor>>,
-    /// XᵀX over held-out tokens, `[width, width]`.
-    pub held_out: Option<Arc<Vec<f64>>>,
+    /// XᵀX over held-out tokens, upper panels.
+    pub held_out: Option<Arc<Panels>>,
     /// Tokens behind the factors.
     pub tokens: u64,
 }

@@ -5,6 +5,7 @@ use super::records::{FactorFacts, Factored, SolvedChunk};
 use crate::error::Result;
 use crate::numerics::Grid;
 use crate::numerics::factor::Factor;
+use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use crate::plan::CHUNK_ROWS;
 use crate::report::thread_cpu;
@@ -119,7 +120,7 @@ fn best<'a>(
 ) -> Option<Solution<'a>> {
     let solutions = factored.factors.iter().map(|factor| {
         let rows = gptq(weights, factor, grid, options);
-        let measure = |hessian: &Arc<Vec<f64>>| output_error(weights, &rows.weight.dequantize(), hessian);
+        let measure = |hessian: &Arc<Panels>| output_error(weights, &rows.weight.dequantize(), hessian);
         let held_out = factored.held_out.as_ref().map(measure);
         (rows, Some(factor.as_ref()), held_out)
     });

@@ -3,12 +3,13 @@
 use super::Exponents;
 use crate::error::{Error, Result};
 use crate::numerics::gemm::{View, ViewMut, product};
+use crate::numerics::panels::{PANEL_ROWS, Panels, Shape, panel_rows};
 use crate::numerics::simd::vectorized;
+use bytemuck::allocation::cast_vec;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::sync::Mutex;
 
-/// Rows of a panel: small enough that little of the diagonal block below the diagonal is computed in vain, large enough
-/// that the GEMM runs at full speed (measured: 192 beats 128 and 256 at widths 576 and 1536).
-const PANEL_ROWS: usize = 192;
 /// Adding 1.5 · 2^52 to an f64 below 2^51 leaves its rounded integer in the low bits of the sum.
 const ROUND: f64 = 6_755_399_441_055_744.0;
 /// Largest scaled product of one batch.
@@ -41,28 +42,70 @@ pub struct Panel {
     pub sums: Vec<i64>,
 }
 
+impl Product {
+    /// Shape of its panels; `None` for [`Product::Sum`], which has one row.
+    pub fn shape(self) -> Option<Shape> {
+        match self {
+            Self::Gram | Self::HeldOut => Some(Shape::Upper),
+            Self::Cross => Some(Shape::Full),
+            Self::Sum => None,
+        }
+    }
+
+    /// Rows and columns of its panels at a site with `width` channels.
+    fn panels(self, width: usize) -> Vec<(Range<usize>, Range<usize>)> {
+        match self.shape() {
+            None => vec![(0..1, 0..width)],
+            Some(shape) => panel_rows(width)
+                .map(|rows| (rows.clone(), shape.columns(&rows, width)))
+                .collect(),
+        }
+    }
+}
+
 /// The statistics of one site over some batches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteStatistics {
     exponents: Exponents,
     tokens: i64,
-    touched: bool,
     panels: Vec<Panel>,
+}
+
+/// The products of a site in f64.
+#[derive(Clone, Debug)]
+pub struct SiteProducts {
+    /// XᵀX, upper panels.
+    pub gram: Option<Panels>,
+    /// X̃ᵀX, full panels.
+    pub cross: Option<Panels>,
+    /// As `gram`, over the batches that are kept apart.
+    pub held_out: Option<Panels>,
+}
+
+/// Sums that the workers of a process add to at the same time. They are exact, so no order matters.
+#[derive(Debug)]
+pub struct Accumulator {
+    exponents: Exponents,
+    tokens: Mutex<i64>,
+    panels: Vec<Mutex<Panel>>,
 }
 
 impl SiteStatistics {
     /// Zero sums of these products.
     pub fn new(exponents: Exponents, products: &[Product]) -> Self {
-        let panels = shapes(exponents.width(), products).map(|(product, first_row, rows, columns)| Panel {
-            product,
-            first_row,
-            sums: vec![0; rows * columns],
+        let width = exponents.width();
+        let panels = products.iter().flat_map(|&product| {
+            let zeros = move |(rows, columns): (Range<usize>, Range<usize>)| Panel {
+                product,
+                first_row: rows.start,
+                sums: vec![0; rows.len() * columns.len()],
+            };
+            product.panels(width).into_iter().map(zeros)
         });
         Self {
             panels: panels.collect(),
             exponents,
             tokens: 0,
-            touched: false,
         }
     }
 
@@ -76,22 +119,26 @@ impl SiteStatistics {
         tokens: u64,
         mut sums: impl FnMut(Product, usize) -> Result<Vec<i64>>,
     ) -> Result<Self> {
-        let panels = shapes(exponents.width(), products).map(|(product, first_row, rows, columns)| {
-            let sums = sums(product, first_row)?;
-            match sums.len() == rows * columns {
-                true => Ok(Panel {
+        let width = exponents.width();
+        let mut panels = Vec::new();
+        for &product in products {
+            for (rows, columns) in product.panels(width) {
+                let first_row = rows.start;
+                let sums = sums(product, first_row)?;
+                if sums.len() != rows.len() * columns.len() {
+                    return Err(misfit(first_row));
+                }
+                panels.push(Panel {
                     product,
                     first_row,
                     sums,
-                }),
-                false => Err(misfit(first_row)),
+                });
             }
-        });
+        }
         Ok(Self {
-            panels: panels.collect::<Result<_>>()?,
+            panels,
             exponents,
             tokens: tokens as i64,
-            touched: false,
         })
     }
 
@@ -103,11 +150,6 @@ impl SiteStatistics {
     /// Tokens that were added, less those that were taken away.
     pub fn tokens(&self) -> i64 {
         self.tokens
-    }
-
-    /// Whether no batch was added or taken away.
-    pub fn is_untouched(&self) -> bool {
-        !self.touched
     }
 
     /// The sums, a product after the other, by first row.
@@ -125,6 +167,91 @@ impl SiteStatistics {
         &self.exponents
     }
 
+    /// Adds another's sums.
+    ///
+    /// # Errors
+    /// A sum leaves 64 bits; exponents or panels differ.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        if self.exponents != other.exponents {
+            return Err(Error::invalid(
+                "statistics",
+                "the fixed-point exponents differ: the probe gave other activations",
+                "these sums are of another model, or of a machine whose kernels round otherwise",
+            ));
+        }
+        let place = |panel: &Panel| (panel.product, panel.first_row, panel.sums.len());
+        for (own, panel) in self.panels.iter_mut().zip(&other.panels) {
+            if place(own) != place(panel) {
+                return Err(misfit(panel.first_row));
+            }
+            for (sum, &more) in own.sums.iter_mut().zip(&panel.sums) {
+                *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
+            }
+        }
+        self.tokens += other.tokens;
+        Ok(())
+    }
+
+    /// The products in f64, in the place of the sums; [`Product::Sum`] is dropped.
+    pub fn into_products(self) -> SiteProducts {
+        let width = self.width();
+        let inverse: Vec<f64> = self.exponents.scales().iter().map(|s| s.recip()).collect();
+        let mut products = std::collections::BTreeMap::<Product, Vec<Vec<f64>>>::new();
+        for panel in self.panels {
+            let Some(shape) = panel.product.shape() else {
+                continue;
+            };
+            let (product, first_row) = (panel.product, panel.first_row);
+            let values = to_f64(panel, &inverse, shape == Shape::Upper);
+            let panels = products.entry(product).or_default();
+            debug_assert_eq!(panels.len(), first_row / PANEL_ROWS);
+            panels.push(values);
+        }
+        let mut take = |product: Product| {
+            let panels = products.remove(&product)?;
+            Some(Panels::new(width, product.shape()?, panels))
+        };
+        SiteProducts {
+            gram: take(Product::Gram),
+            cross: take(Product::Cross),
+            held_out: take(Product::HeldOut),
+        }
+    }
+}
+
+/// A panel in f64, in the same memory; `mirrored`: the upper half of its diagonal block counts for both.
+fn to_f64(panel: Panel, inverse: &[f64], mirrored: bool) -> Vec<f64> {
+    let begin = first_column(panel.product, panel.first_row);
+    let columns = inverse.len() - begin;
+    let mut sums = panel.sums;
+    let rows = sums.len() / columns;
+    for (row, sums) in sums.chunks_exact_mut(columns).enumerate() {
+        let scale = inverse[panel.first_row + row];
+        for (sum, other) in sums.iter_mut().zip(&inverse[begin..]) {
+            *sum = (*sum as f64 * scale * other).to_bits() as i64;
+        }
+    }
+    if mirrored {
+        for row in 1..rows {
+            for column in 0..row {
+                sums[row * columns + column] = sums[column * columns + row];
+            }
+        }
+    }
+    cast_vec(sums)
+}
+
+impl From<SiteStatistics> for Accumulator {
+    fn from(sums: SiteStatistics) -> Self {
+        Self {
+            exponents: sums.exponents,
+            tokens: Mutex::new(sums.tokens),
+            panels: sums.panels.into_iter().map(Mutex::new).collect(),
+        }
+    }
+}
+
+impl Accumulator {
     /// Adds a batch `multiplicity` times (below zero: takes it away): `x` and, where cross products are kept, the original model's
     /// `original`, both `[tokens, width]`. The same batch has the same rounded products, so what is taken away leaves no trace.
     ///
@@ -133,9 +260,10 @@ impl SiteStatistics {
     ///
     /// # Panics
     /// The slices have different lengths, or `original` is missing or superfluous.
-    pub fn add(&mut self, x: &[f32], original: Option<&[f32]>, multiplicity: i64) -> Result<()> {
+    pub fn add(&self, x: &[f32], original: Option<&[f32]>, multiplicity: i64) -> Result<()> {
         self.add_to(|product| product != Product::HeldOut, x, original, multiplicity)?;
-        self.tokens += (x.len() / self.width()) as i64 * multiplicity;
+        *self.tokens.lock().map_err(|_| poisoned())? +=
+            (x.len() / self.exponents.width()) as i64 * multiplicity;
         Ok(())
     }
 
@@ -143,27 +271,32 @@ impl SiteStatistics {
     ///
     /// # Errors
     /// As [`Self::add`].
-    pub fn add_held_out(&mut self, x: &[f32], multiplicity: i64) -> Result<()> {
+    pub fn add_held_out(&self, x: &[f32], multiplicity: i64) -> Result<()> {
         self.add_to(|product| product == Product::HeldOut, x, None, multiplicity)
     }
 
     fn add_to(
-        &mut self,
+        &self,
         wanted: impl Fn(Product) -> bool,
         x: &[f32],
         original: Option<&[f32]>,
         multiplicity: i64,
     ) -> Result<()> {
-        let width = self.width();
+        let width = self.exponents.width();
         let tokens = x.len() / width;
         let scales = self.exponents.scales();
         let sign = multiplicity.signum() as f64;
         let mut buffer = vec![0f32; PANEL_ROWS.min(width) * width];
-        for panel in self.panels.iter_mut().filter(|panel| wanted(panel.product)) {
-            let first = panel.first_row;
-            let column = first_column(panel.product, first);
-            let left = match panel.product {
+        for panel in &self.panels {
+            let lock = || panel.lock().map_err(|_| poisoned());
+            let (kind, first) = {
+                let panel = lock()?;
+                (panel.product, panel.first_row)
+            };
+            let left = match kind {
+                kind if !wanted(kind) => continue,
                 Product::Sum => {
+                    let mut panel = lock()?;
                     for _ in 0..multiplicity.unsigned_abs() {
                         add_sums(&mut panel.sums, x, &scales, sign)?;
                     }
@@ -173,6 +306,7 @@ impl SiteStatistics {
                 Product::Cross => original.expect("cross products need the original's input"),
             };
             assert_eq!(left.len(), x.len());
+            let column = first_column(kind, first);
             let rows = PANEL_ROWS.min(width - first);
             let columns = width - column;
             product(
@@ -182,6 +316,8 @@ impl SiteStatistics {
                 View::rows(&x[column..], tokens, columns, width),
                 1.0,
             );
+            // Only the addition needs the panel for itself.
+            let mut panel = lock()?;
             for row in 0..rows {
                 let sums = &mut panel.sums[row * columns..][..columns];
                 let products = &buffer[row * columns..][..columns];
@@ -192,104 +328,34 @@ impl SiteStatistics {
                 }
             }
         }
-        self.touched = true;
         Ok(())
     }
 
-    /// The sums, to be sent to the site's owner.
-    pub fn into_panels(self) -> Vec<Panel> {
-        self.panels
-    }
-
-    /// Adds panels that another worker summed over `tokens` tokens with the same exponents. Exact, so the order does not matter.
+    /// The sums.
     ///
     /// # Errors
-    /// A sum leaves 64 bits, or a panel does not fit.
-    pub fn merge(&mut self, tokens: i64, panel: &Panel) -> Result<()> {
-        let own = self
-            .panels
-            .iter_mut()
-            .find(|own| own.product == panel.product && own.first_row == panel.first_row)
-            .filter(|own| own.sums.len() == panel.sums.len())
-            .ok_or_else(|| misfit(panel.first_row))?;
-        for (sum, &more) in own.sums.iter_mut().zip(&panel.sums) {
-            *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
-        }
-        self.tokens += tokens;
-        self.touched = true;
-        Ok(())
-    }
-
-    /// Adds another's sums.
-    ///
-    /// # Errors
-    /// As [`Self::merge`]; the exponents differ.
-    pub fn merge_all(&mut self, other: &Self) -> Result<()> {
-        if self.exponents != other.exponents {
-            return Err(Error::invalid(
-                "statistics",
-                "the fixed-point exponents differ: the probe gave other activations",
-                "these sums are of another model, or of a machine whose kernels round otherwise",
-            ));
-        }
-        for panel in &other.panels {
-            self.merge(0, panel)?;
-        }
-        self.tokens += other.tokens;
-        Ok(())
-    }
-
-    /// A product as a full `[width, width]` matrix in f64; a Gram matrix is filled on both sides. `None` if it was not summed.
-    ///
-    /// # Panics
-    /// For [`Product::Sum`], which is no matrix.
-    pub fn to_f64(&self, product: Product) -> Option<Vec<f64>> {
-        let width = self.width();
-        let inverse: Vec<f64> = self.exponents.scales().iter().map(|s| s.recip()).collect();
-        let mut out = vec![0f64; width * width];
-        let mut found = false;
-        for panel in self.panels.iter().filter(|panel| panel.product == product) {
-            found = true;
-            let begin = first_column(product, panel.first_row);
-            for (i, sums) in panel.sums.chunks_exact(width - begin).enumerate() {
-                let row = panel.first_row + i;
-                for (&sum, column) in sums.iter().zip(begin..) {
-                    let value = sum as f64 * inverse[row] * inverse[column];
-                    match product {
-                        Product::Cross => out[row * width + column] = value,
-                        Product::Gram | Product::HeldOut if column >= row => {
-                            out[row * width + column] = value;
-                            out[column * width + row] = value;
-                        }
-                        Product::Gram | Product::HeldOut => {}
-                        Product::Sum => unreachable!("a sum is no matrix"),
-                    }
-                }
-            }
-        }
-        found.then_some(out)
+    /// A worker panicked while it added.
+    pub fn finish(self) -> Result<SiteStatistics> {
+        let panels = self.panels.into_iter();
+        Ok(SiteStatistics {
+            exponents: self.exponents,
+            tokens: self.tokens.into_inner().map_err(|_| poisoned())?,
+            panels: panels
+                .map(|panel| panel.into_inner().map_err(|_| poisoned()))
+                .collect::<Result<_>>()?,
+        })
     }
 }
 
 fn first_column(product: Product, first_row: usize) -> usize {
-    match product {
-        Product::Gram | Product::HeldOut => first_row,
-        Product::Cross | Product::Sum => 0,
+    match product.shape() {
+        Some(Shape::Upper) => first_row,
+        _ => 0,
     }
 }
 
-/// Product, first row, rows and columns of each panel.
-fn shapes(
-    width: usize,
-    products: &[Product],
-) -> impl Iterator<Item = (Product, usize, usize, usize)> + use<'_> {
-    products.iter().flat_map(move |&product| {
-        let height = if product == Product::Sum { 1 } else { width };
-        (0..height).step_by(PANEL_ROWS).map(move |first_row| {
-            let columns = width - first_column(product, first_row);
-            (product, first_row, PANEL_ROWS.min(height - first_row), columns)
-        })
-    })
+fn poisoned() -> Error {
+    Error::Worker("a worker stopped while it added to the sums".into())
 }
 
 fn misfit(first_row: usize) -> Error {
@@ -377,14 +443,14 @@ mod tests {
             let sum = |parts: &[&[usize]]| {
                 let mut total = SiteStatistics::new(exponents.clone(), &PRODUCTS);
                 for part in parts {
-                    let mut own = SiteStatistics::new(exponents.clone(), &PRODUCTS);
-                    for &b in *part {
-                        own.add(&batches[b].0, Some(&batches[b].1), 1).unwrap();
-                    }
-                    let mut tokens = own.tokens();
-                    for panel in own.into_panels() {
-                        total.merge(std::mem::take(&mut tokens), &panel).unwrap();
-                    }
+                    let own = Accumulator::from(SiteStatistics::new(exponents.clone(), &PRODUCTS));
+                    std::thread::scope(|scope| {
+                        for &b in *part {
+                            let (own, batch) = (&own, &batches[b]);
+                            scope.spawn(move || own.add(&batch.0, Some(&batch.1), 1).unwrap());
+                        }
+                    });
+                    total.merge(&own.finish().unwrap()).unwrap();
                 }
                 total
             };
@@ -393,27 +459,27 @@ mod tests {
             prop_assert_eq!(&one, &sum(&[&[1], &[2], &[0]]));
             prop_assert_eq!(one.tokens(), 3 * tokens as i64);
             // Twice added and once taken away is once added.
-            let mut twice = one.clone();
+            let twice = Accumulator::from(one.clone());
             for multiplicity in [2, -2] {
                 twice.add(&batches[1].0, Some(&batches[1].1), multiplicity).unwrap();
             }
-            prop_assert_eq!(&twice.panels, &one.panels);
-            prop_assert_eq!(twice.tokens(), one.tokens());
+            prop_assert_eq!(&twice.finish().unwrap(), &one);
             let scales = one.exponents.scales();
             let sums = &one.panels.last().unwrap().sums;
             for j in 0..width {
                 let expected: f64 = batches.iter().flat_map(|b| b.0[j..].iter().step_by(width)).map(|&v| f64::from(v)).sum();
                 prop_assert!((sums[j] as f64 / scales[j] / 2048.0 - expected).abs() < 1e-3);
             }
-            let (gram, cross) = (one.to_f64(Product::Gram).unwrap(), one.to_f64(Product::Cross).unwrap());
+            let products = one.into_products();
+            let (gram, cross) = (products.gram.unwrap(), products.cross.unwrap());
             for i in 0..width {
                 for j in 0..width {
                     let dot = |left: fn(&Batch) -> &Vec<f32>| -> f64 {
                         batches.iter().map(|b| (0..tokens).map(|t| f64::from(left(b)[t * width + i]) * f64::from(b.0[t * width + j])).sum::<f64>()).sum()
                     };
                     // f32 accumulation over 40 tokens of values up to 7, and half a unit of the fixed point a batch.
-                    prop_assert!((gram[i * width + j] - dot(|b| &b.0)).abs() < 1e-3);
-                    prop_assert!((cross[i * width + j] - dot(|b| &b.1)).abs() < 1e-3);
+                    prop_assert!((gram.at(i, j) - dot(|b| &b.0)).abs() < 1e-3);
+                    prop_assert!((cross.at(i, j) - dot(|b| &b.1)).abs() < 1e-3);
                 }
             }
         }
@@ -423,7 +489,7 @@ mod tests {
     fn what_cannot_be_summed_is_an_error() {
         let exponents = Exponents::from_probe(&[1.0; 8], 2);
         for bad in [f32::NAN, f32::INFINITY, 1e30] {
-            let mut statistics = SiteStatistics::new(exponents.clone(), &[Product::Gram]);
+            let statistics = Accumulator::from(SiteStatistics::new(exponents.clone(), &[Product::Gram]));
             assert!(statistics.add(&[1.0, bad], None, 1).is_err(), "{bad}");
         }
         let mut sums = [i64::MAX - 5];

@@ -9,4 +9,4 @@ mod exponents;
 mod gram;
 
 pub use exponents::Exponents;
-pub use gram::{Panel, Product, SiteStatistics};
+pub use gram::{Accumulator, Panel, Product, SiteProducts, SiteStatistics};
