@@ -4,7 +4,7 @@ use super::statistics::{self, Change};
 use super::{data_free, run, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
-use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, copy_tensors, hex};
+use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, hex};
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
@@ -12,7 +12,7 @@ use crate::operators::accumulate::Sums;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
-use crate::plan::Plan;
+use crate::plan::{Graph, Plan};
 use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, CpuClock, Observer, Row};
 use crate::storage::{self, FolderLock};
@@ -112,7 +112,15 @@ impl Job {
     /// # Errors
     /// `--memory` is less than what the run needs without a single resident activation.
     pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
+        let graph = match (self.recipe.method, &self.statistics) {
+            (Method::Rtn, _) => Graph::DataFree,
+            (Method::Gptq, None) => Graph::Sequential,
+            (Method::Gptq, Some(artifact)) => Graph::Solve {
+                held_out: artifact.header.origin.held_out > 0.0,
+            },
+        };
         let fixed = plan.fixed_bytes(
+            graph,
             self.workers,
             self.calibration.batch_tokens_max().max(PROBE_TOKENS),
         );
@@ -327,9 +335,11 @@ fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
     if done {
         return Ok(());
     }
-    let copied = plan.copied.iter().map(String::as_str);
-    copy_tensors(&tower.checkpoint, copied, output.writer()?)?;
-    output.writer()?.sync()?;
+    let writer = output.writer()?;
+    for name in &plan.copied {
+        writer.copy(name, &tower.checkpoint)?;
+    }
+    writer.sync()?;
     output.note(Record::Copied)
 }
 

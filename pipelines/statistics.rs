@@ -35,7 +35,7 @@ use crate::operators::keep::keep;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
-use crate::plan::Plan;
+use crate::plan::{Graph, Plan};
 use crate::report::{self, CpuClock, Observer};
 use crate::storage::{self, FolderLock};
 use candle_core::Device;
@@ -153,10 +153,13 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     tower.expect_length(length)?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
+    let graph = Graph::Statistics {
+        held_out: artifact.header.origin.held_out > 0.0,
+    };
     let largest = tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS);
     let (plan_peak, resident) = plan.fit(
         job.memory,
-        plan.fixed_bytes(job.workers, largest) + plan.block_sum_bytes(),
+        plan.fixed_bytes(graph, job.workers, largest),
         plan.activation_bytes(tokens.iter().sum(), 1),
         job.workers,
     )?;

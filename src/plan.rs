@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{SiteKind, Tower};
 use crate::numerics::Grid;
+use crate::numerics::panels::{PANEL_ROWS, Shape};
 use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::BTreeMap;
@@ -257,12 +258,6 @@ impl Plan {
         (tokens * streams * widths) as u64
     }
 
-    /// Bytes of a block's sums in an artifact: half a matrix a site.
-    pub fn block_sum_bytes(&self) -> u64 {
-        let first = self.linears.iter().filter(|l| l.block == 0 && l.slot == 0);
-        first.map(|l| (l.columns * l.columns * 4) as u64).sum()
-    }
-
     /// Predicted peak of resident bytes, and the share of it that activations may take, where everything else takes `fixed`.
     ///
     /// # Errors
@@ -288,30 +283,108 @@ impl Plan {
         Ok((fixed + resident, resident))
     }
 
-    /// Predicted peak of resident bytes besides activations: the widest step's weights, sums, factor and solver memory.
-    pub fn fixed_bytes(&self, workers: usize, batch_tokens: usize) -> u64 {
-        let matching =
-            u64::from(self.recipe.match_original > 0.0 && self.recipe.method == crate::recipe::Method::Gptq);
-        let step = |step: u64| -> u64 {
-            let linears = self.step_linears(step);
-            let width = linears.iter().map(|l| l.columns as u64).max().unwrap_or(0);
-            let weights: u64 = linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum();
-            let square = width * width * 8;
-            // Sums a worker (half a matrix, and a whole one when matching), then H, R and the shift once.
-            let sums = workers as u64 * (square / 2 + matching * square);
-            let factor = square * (2 + matching);
-            let solver = workers as u64 * width * (CHUNK_ROWS as u64) * 8 * 6;
-            weights * (2 + matching) + sums.max(solver) + factor
+    /// Predicted peak of resident bytes besides activations, of `graph` on `workers` threads with at most `batch_tokens` tokens a batch:
+    /// that of the largest phase of the largest step.
+    pub fn fixed_bytes(&self, graph: Graph, workers: usize, batch_tokens: usize) -> u64 {
+        let needs = |step| Needs::new(self, graph, step, workers as u64, batch_tokens as u64);
+        let steps = self.steps();
+        let peak = |step: u64| {
+            let own = needs(step);
+            match graph {
+                Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
+                Graph::Statistics { .. } => own.forward + self.block_sum_bytes(graph),
+                Graph::DataFree => own.solve.max(own.install),
+                // The next step is loaded and factored while this one is solved.
+                Graph::Solve { .. } => {
+                    let next = needs((step + 1).min(steps - 1)).factor;
+                    own.solve.max(own.install) + next
+                }
+            }
         };
-        let block: u64 = (0..self.steps()).map(step).max().unwrap_or(0);
-        let widest = self
-            .linears
-            .iter()
-            .map(|l| l.rows.max(l.columns))
-            .max()
-            .unwrap_or(0);
-        let forward = (workers * batch_tokens * widest * 4 * 6) as u64;
-        BASE_BYTES + block + forward
+        BASE_BYTES + (0..steps).map(peak).max().unwrap_or(0)
+    }
+
+    /// Bytes of a block's sums in an artifact, and of those of one site that are added to them.
+    fn block_sum_bytes(&self, graph: Graph) -> u64 {
+        let sites = (0..SiteKind::ALL.len() as u64).map(|step| Needs::new(self, graph, step, 1, 0).sums);
+        sites.clone().sum::<u64>() + sites.max().unwrap_or(0)
+    }
+}
+
+/// Which graph runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graph {
+    /// Statistics, solve and forward, step by step.
+    Sequential,
+    /// Statistics alone.
+    Statistics {
+        /// Some batches are summed apart.
+        held_out: bool,
+    },
+    /// From an artifact.
+    Solve {
+        /// It has sums apart.
+        held_out: bool,
+    },
+    /// Round to nearest.
+    DataFree,
+}
+
+/// Bytes that a step has resident in each of its phases, activations between steps aside.
+struct Needs {
+    /// Exact sums, packed.
+    sums: u64,
+    /// The weights that carry the batches here, a batch a worker on its way, the sums.
+    forward: u64,
+    /// Sums in f64, factors, and what is kept of both.
+    factor: u64,
+    /// Factors, original weights, codes, a chunk a worker.
+    solve: u64,
+    /// Codes, packed tensors, weights as the next forward passes need them.
+    install: u64,
+}
+
+impl Needs {
+    fn new(plan: &Plan, graph: Graph, step: u64, workers: u64, tokens: u64) -> Self {
+        let recipe = &plan.recipe;
+        let matching = u64::from(graph == Graph::Sequential && recipe.match_original > 0.0);
+        let refined = u64::from(recipe.refine_rounds() > 0);
+        let held_out = match graph {
+            Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
+            Graph::Sequential | Graph::DataFree => 0,
+        };
+        let linears = plan.step_linears(step);
+        let before = plan.step_linears(step.max(1) - 1);
+        let width = linears.first().map_or(0, |linear| linear.columns);
+        let elements = |shape: Shape| (shape.elements(width) * 8) as u64;
+        let (half, full) = (elements(Shape::Upper), elements(Shape::Full));
+        let weights = |linears: &[PlannedLinear]| -> u64 {
+            linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
+        };
+        let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
+            .map(|linear| (linear.rows * linear.columns) as u64)
+            .sum();
+        let rows = |linears: &[PlannedLinear]| -> u64 { linears.iter().map(|l| l.rows as u64).sum() };
+        let width = width as u64;
+        // Input and outputs of the linears before, rotated or gated copies, this site's input, its copy for the sums and for the store.
+        let batch = tokens * 4 * (rows(before) * 2 + width * (4 + matching))
+            + before.first().map_or(0, |l| tokens * 4 * 2 * l.columns as u64)
+            + PANEL_ROWS as u64 * width * 4;
+        let sums = half * (1 + held_out) + full * matching;
+        let factors = match graph {
+            Graph::DataFree => 0,
+            _ => recipe.damp_percent.candidates().len() as u64,
+        };
+        // Target, codes, sums to the later columns and outputs; errors and gradient of the refinement; the weights as they came.
+        let chunk = CHUNK_ROWS as u64 * width * (8 * (4 + 2 * refined) + 4);
+        let kept = factors * (half + refined * full) + full * matching + half * held_out;
+        Self {
+            sums,
+            forward: weights(before) * (1 + matching) + workers * batch + sums,
+            factor: kept + half,
+            solve: kept + weights(linears) + 2 * codes + workers * chunk,
+            install: 3 * codes / 2 + weights(linears) * (1 + matching),
+        }
     }
 }
 

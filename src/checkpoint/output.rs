@@ -184,14 +184,23 @@ impl OutputWriter {
     /// The layout has no such tensor, or `bytes` is not its length.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let at = self.placement(name)?;
-        if bytes.len() != at.spec.byte_len() {
-            return Err(Error::invalid(
-                name,
-                format!("{} bytes to write, {} planned", bytes.len(), at.spec.byte_len()),
-                "this is a bug in quantflow: please report it",
-            ));
-        }
+        expect_length(at, bytes.len())?;
         self.files[at.shard].write_at(bytes, at.offset)
+    }
+
+    /// Copies a tensor from `source`, byte for byte.
+    ///
+    /// # Errors
+    /// As [`Self::write`]; `source` has no such tensor.
+    pub fn copy(&self, name: &str, source: &Checkpoint) -> Result<()> {
+        let at = self.placement(name)?;
+        expect_length(at, source.tensor(name)?.bytes.len())?;
+        let mut offset = at.offset;
+        source.stream(name, |bytes| {
+            self.files[at.shard].write_at(bytes, offset)?;
+            offset += bytes.len() as u64;
+            Ok(())
+        })
     }
 
     /// Reads back a tensor that was written.
@@ -240,17 +249,15 @@ impl OutputWriter {
     }
 }
 
-/// Copies the tensors of `names` from `source` to the output, byte for byte.
-pub fn copy_tensors<'a>(
-    source: &Checkpoint,
-    names: impl IntoIterator<Item = &'a str>,
-    output: &OutputWriter,
-) -> Result<()> {
-    for name in names {
-        output.write(name, source.tensor(name)?.bytes)?;
-        source.release(name);
+fn expect_length(at: &Placement, length: usize) -> Result<()> {
+    match length == at.spec.byte_len() {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            &at.spec.name,
+            format!("{length} bytes to write, {} planned", at.spec.byte_len()),
+            "this is a bug in quantflow: please report it",
+        )),
     }
-    Ok(())
 }
 
 /// Lower-case hex digits.

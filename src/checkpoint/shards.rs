@@ -18,6 +18,8 @@ const TENSORS_MAX: usize = 4_000_000;
 const RANK_MAX: usize = 8;
 /// Most shards: published checkpoints stay under 500.
 const SHARDS_MAX: usize = 10_000;
+/// Bytes of a tensor that [`Checkpoint::stream`] hands over at a time: a multiple of every element's size.
+const STREAM_BYTES: usize = 4 << 20;
 /// Bytes of a tensor that its digest looks at, at its beginning, middle and end.
 const DIGEST_SAMPLE_BYTES: usize = 4096;
 
@@ -283,16 +285,30 @@ impl Checkpoint {
         }
     }
 
-    /// Takes a tensor's pages out of resident memory (they stay in the page cache).
-    pub fn release(&self, name: &str) {
+    /// Hands a tensor's bytes over in pieces of 4 MiB, whose pages leave resident memory at once: a tensor that is
+    /// read this way is never whole in memory.
+    ///
+    /// # Errors
+    /// There is no such tensor, or `visit` fails.
+    pub fn stream(&self, name: &str, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.tensor(name)?;
         let Some(entry) = self.tensors.get(name) else {
-            return;
+            return Ok(());
         };
         let map = &self.shards[entry.shard].map;
-        // SAFETY: the map is a read-only view of a file: dropped pages are read again when touched.
-        let _ = unsafe {
-            map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.bytes.start, entry.bytes.len())
-        };
+        for begin in entry.bytes.clone().step_by(STREAM_BYTES) {
+            let range = begin..entry.bytes.end.min(begin + STREAM_BYTES);
+            visit(&map[range.clone()])?;
+            release(map, range);
+        }
+        Ok(())
+    }
+
+    /// Takes a tensor's pages out of resident memory (they stay in the page cache).
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            release(&self.shards[entry.shard].map, entry.bytes.clone());
+        }
     }
 
     /// Bytes of all tensors.
@@ -342,6 +358,11 @@ impl Checkpoint {
         names.sort();
         Ok(names)
     }
+}
+
+fn release(map: &Mmap, range: Range<usize>) {
+    // SAFETY: the map is a read-only view of a file: dropped pages are read again when touched.
+    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
 }
 
 /// Reads a JSON file of bounded size.

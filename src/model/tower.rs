@@ -8,7 +8,10 @@ use super::spec::{BlockSpec, ModelSpec, TowerNames};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
 use crate::numerics::QuantizedWeight;
-use candle_core::{DType, Device, Tensor};
+use bytemuck::allocation::pod_collect_to_vec;
+use candle_core::{Device, Tensor};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
 use safetensors::Dtype;
 use std::path::Path;
 use std::sync::Arc;
@@ -175,9 +178,11 @@ impl Tower {
 
     /// A tensor in f32.
     pub fn load(&self, name: &str) -> Result<Tensor> {
-        let tensor = widen(&self.checkpoint.tensor(name)?, &self.device)?;
-        self.checkpoint.release(name);
-        Ok(tensor)
+        let TensorView { dtype, shape, .. } = self.checkpoint.tensor(name)?;
+        let mut values = Vec::with_capacity(shape.iter().product());
+        self.checkpoint
+            .stream(name, |bytes| widen_onto(&mut values, name, dtype, bytes))?;
+        Ok(Tensor::from_vec(values, shape, &self.device)?)
     }
 
     /// A vector in f32 that every norm of the family means by this tensor.
@@ -344,10 +349,11 @@ impl Tower {
                 shape: &shape,
                 ..head
             };
-            Ok(normed.matmul(&widen(&panel, &self.device)?.t()?)?)
+            let weight = widen(&panel, &self.device)?;
+            self.checkpoint.release(&name);
+            Ok(normed.matmul(&weight.t()?)?)
         });
         let logits = Tensor::cat(&panels.collect::<Result<Vec<_>>>()?, 1)?;
-        self.checkpoint.release(&name);
         match self.spec.final_softcap {
             Some(cap) => Ok(((logits / f64::from(cap))?.tanh()? * f64::from(cap))?),
             None => Ok(logits),
@@ -357,18 +363,35 @@ impl Tower {
 
 /// Copies a tensor out of the memory map, in f32.
 fn widen(tensor: &TensorView<'_>, device: &Device) -> Result<Tensor> {
-    let dtype = match tensor.dtype {
-        Dtype::BF16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        Dtype::F32 => DType::F32,
+    let mut values = Vec::with_capacity(tensor.shape.iter().product());
+    widen_onto(&mut values, tensor.name, tensor.dtype, tensor.bytes)?;
+    Ok(Tensor::from_vec(values, tensor.shape, device)?)
+}
+
+/// Appends elements, in f32. `name` is for the error alone.
+fn widen_onto(values: &mut Vec<f32>, name: &str, dtype: Dtype, bytes: &[u8]) -> Result<()> {
+    let begin = values.len();
+    match dtype {
+        Dtype::F32 => values.extend(pod_collect_to_vec::<u8, f32>(bytes)),
+        Dtype::BF16 | Dtype::F16 => {
+            let halves: Vec<u16> = pod_collect_to_vec(bytes);
+            values.resize(begin + halves.len(), 0.0);
+            match dtype {
+                Dtype::BF16 => halves
+                    .reinterpret_cast::<bf16>()
+                    .convert_to_f32_slice(&mut values[begin..]),
+                _ => halves
+                    .reinterpret_cast::<f16>()
+                    .convert_to_f32_slice(&mut values[begin..]),
+            }
+        }
         other => {
             return Err(Error::invalid(
-                tensor.name,
+                name,
                 format!("is {other:?}; bf16, f16 and f32 weights can be read"),
                 "is the checkpoint already quantized?",
             ));
         }
-    };
-    let raw = Tensor::from_raw_buffer(tensor.bytes, dtype, tensor.shape, device)?;
-    Ok(raw.to_dtype(DType::F32)?)
+    }
+    Ok(())
 }

@@ -32,7 +32,7 @@ impl Sums {
         sums.ok_or_else(|| Error::Worker("a batch came before the probe".into()))
     }
 
-    /// The sums of a step to which nobody adds any more.
+    /// The sums of a step to which nobody adds any more: every batch has reached it.
     fn take(&self, step: u64) -> Result<SiteStatistics> {
         let sums = self.0.lock().map_err(|_| poisoned())?.remove(&step);
         sums.and_then(Arc::into_inner)
@@ -69,6 +69,10 @@ pub fn accumulate<'scope>(
                     let (step, capability) = entry.remove_entry();
                     if local.owner(step) != local.index as u64 {
                         continue;
+                    }
+                    // What carried the batches here has served.
+                    if let Some(before) = step.checked_sub(1) {
+                        local.shared.stages.forget(before);
                     }
                     if let Some(sums) = local.run("accumulate", || local.shared.sums.take(step)) {
                         output.session(&capability).give(Merged(sums));

@@ -1,5 +1,6 @@
 //! `commit`: puts a step's linears into the output; the end of a block is made durable and noted in the ledger.
 
+use super::activations::Stream;
 use super::at_step_end;
 use super::local::Local;
 use super::records::{Committed, PackedLinear};
@@ -39,6 +40,9 @@ pub fn commit<'scope>(
                     shared.observer.linear(row);
                     rows.push(row.clone());
                 }
+            }
+            if !shared.pass.streams().contains(&Stream::Original) {
+                shared.stages.forget_original(step);
             }
             let (block, site) = shared.plan.step(step);
             if Some(&site) == SiteKind::ALL.last() {

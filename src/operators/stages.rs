@@ -1,5 +1,5 @@
 //! Weights of the steps in work, shared by the workers of a process: the originals, loaded when first asked for, and the quantized
-//! ones, installed when committed. A step's weights are dropped two steps later.
+//! ones, installed when committed. A step's weights are dropped as soon as nobody needs them.
 
 use crate::error::{Error, Result};
 use crate::model::{Block, Linear, Rotary, Tower};
@@ -42,6 +42,15 @@ impl<T> Shelf<T> {
     }
 }
 
+impl<T> Shelf<T> {
+    /// Drops the value of `key`.
+    fn forget(&self, key: u64) {
+        if let Ok(mut values) = self.0.lock() {
+            values.remove(&key);
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Stages {
@@ -66,6 +75,17 @@ impl Stages {
         load: impl FnOnce() -> Result<Vec<Linear>>,
     ) -> Result<Arc<Vec<Linear>>> {
         self.quantized.get(step, STEPS_KEPT, load)
+    }
+
+    /// Drops the weights of a step that every batch has passed.
+    pub fn forget(&self, step: u64) {
+        self.forget_original(step);
+        self.quantized.forget(step);
+    }
+
+    /// Drops the originals of a step that is solved, where no original stream runs.
+    pub fn forget_original(&self, step: u64) {
+        self.original.forget(step);
     }
 
     /// Norms and options of a block.
