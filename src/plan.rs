@@ -366,10 +366,11 @@ impl Needs {
             .sum();
         let rows = |linears: &[PlannedLinear]| -> u64 { linears.iter().map(|l| l.rows as u64).sum() };
         let width = width as u64;
-        // Input and outputs of the linears before, rotated or gated copies, this site's input, its copy for the sums and for the store.
-        let batch = tokens * 4 * (rows(before) * 2 + width * (4 + matching))
-            + before.first().map_or(0, |l| tokens * 4 * 2 * l.columns as u64)
-            + PANEL_ROWS as u64 * width * 4;
+        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
+        // then what is summed: this site's input with its copies, and a panel of products.
+        let carried = 3 * rows(before) / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
+        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
+            + tokens * width * 4 * matching;
         let sums = half * (1 + held_out) + full * matching;
         let factors = match graph {
             Graph::DataFree => 0,

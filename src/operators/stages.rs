@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use crate::model::{Block, Linear, Rotary, Tower};
 use crate::plan::Plan;
+use crate::report::release_free_memory;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -77,15 +78,16 @@ impl Stages {
         self.quantized.get(step, STEPS_KEPT, load)
     }
 
-    /// Drops the weights of a step that every batch has passed.
+    /// Drops the weights of a step that every batch has passed, and gives the memory back.
     pub fn forget(&self, step: u64) {
-        self.forget_original(step);
         self.quantized.forget(step);
+        self.forget_original(step);
     }
 
-    /// Drops the originals of a step that is solved, where no original stream runs.
+    /// Drops the originals of a step that is solved, where no original stream runs, and gives the memory back.
     pub fn forget_original(&self, step: u64) {
         self.original.forget(step);
+        release_free_memory();
     }
 
     /// Norms and options of a block.
