@@ -7,6 +7,7 @@ pub mod factor;
 pub mod gemm;
 mod quantized;
 mod refine;
+pub mod routing;
 pub mod scales;
 pub(crate) mod simd;
 pub mod solver;
