@@ -26,6 +26,17 @@ pub struct MixtureWeights {
     pub shared_gate: Option<Linear>,
 }
 
+/// The tokens that are sent to one expert.
+#[derive(Clone, Debug)]
+pub struct Sent {
+    /// Their inputs, `[sent, hidden]`.
+    pub rows: Tensor,
+    /// Which tokens they are, rising.
+    pub tokens: Vec<u32>,
+    /// What the expert's output is multiplied by, for each.
+    pub gates: Vec<f32>,
+}
+
 impl Block {
     fn mixture(&self) -> Result<(&MixtureSpec, &MixtureWeights)> {
         match (self.spec.mixture_of(&self.layer), &self.mixture) {
@@ -45,19 +56,14 @@ impl Block {
         ))
     }
 
-    /// The rows of `x` for the tokens that are sent to `expert`, with their numbers and gates; `None` where there are none.
-    pub fn rows_of(
-        &self,
-        x: &Tensor,
-        routing: &Routing,
-        expert: usize,
-    ) -> Result<Option<(Tensor, Vec<u32>, Vec<f32>)>> {
+    /// What of `x`, the input of gate and up, is sent to `expert`; `None` where nothing is.
+    pub fn sent_to(&self, expert: usize, x: &Tensor, routing: &Routing) -> Result<Option<Sent>> {
         let (tokens, gates) = routing.tokens_of(expert);
         if tokens.is_empty() {
             return Ok(None);
         }
         let rows = x.index_select(&Tensor::new(tokens.as_slice(), x.device())?, 0)?;
-        Ok(Some((rows, tokens, gates)))
+        Ok(Some(Sent { rows, tokens, gates }))
     }
 
     /// input of gate and up → the shared expert's gate of each token, `[tokens, 1]`, where it has one
@@ -86,9 +92,9 @@ impl Block {
         let routing = self.route(x)?;
         let out = x.zeros_like()?;
         for expert in 0..spec.routing.experts {
-            if let Some((rows, tokens, gates)) = self.rows_of(x, &routing, expert)? {
-                let y = run(&rows, spec.expert_linears(hidden, expert))?;
-                ops::add_gated_rows(&out, &y, &tokens, &gates)?;
+            if let Some(sent) = self.sent_to(expert, x, &routing)? {
+                let y = run(&sent.rows, spec.expert_linears(hidden, expert))?;
+                ops::add_gated_rows(&out, &y, &sent.tokens, &sent.gates)?;
             }
         }
         let Some(shared) = spec.shared_linears(hidden) else {

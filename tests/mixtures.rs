@@ -1,0 +1,156 @@
+//! Mixtures of experts and latent attention through whole pipelines: rounded to nearest, verified, and evaluated against the original.
+
+use crate::families::fixtures;
+use candle_core::{DType, Device};
+use quantflow::calibration::{Calibration, batches};
+use quantflow::error::Result;
+use quantflow::operators::Halt;
+use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate, write_logits};
+use quantflow::pipelines::quantize::{Job, Summary, quantize};
+use quantflow::pipelines::verify::verify;
+use quantflow::recipe::{Method, Recipe};
+use quantflow::report::{Observer, Silent};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const FAMILIES: [&str; 8] = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "gpt_oss",
+];
+
+fn model(name: &str) -> PathBuf {
+    fixtures().join("families").join(name)
+}
+
+/// The tokens of a fixture's golden file.
+fn windows(name: &str) -> Calibration {
+    let golden =
+        candle_core::safetensors::load(model(name).join("golden.safetensors"), &Device::Cpu).unwrap();
+    let (_, length) = golden["tokens"].dims2().unwrap();
+    let tokens = golden["tokens"].to_dtype(DType::U32).unwrap();
+    let tokens: Vec<u32> = tokens.flatten_all().unwrap().to_vec1().unwrap();
+    Calibration {
+        batches: batches(&tokens, length),
+        ..Calibration::default()
+    }
+}
+
+/// Round to nearest, 8 bits, one scale a row.
+fn rtn(model: &Path, output: &Path, workers: usize) -> Job {
+    Job {
+        model: model.to_owned(),
+        output: output.to_owned(),
+        recipe: Recipe {
+            bits: 8,
+            group_size: 0,
+            method: Method::Rtn,
+            ..Recipe::default()
+        },
+        calibration: Calibration::default(),
+        statistics: None,
+        workers,
+        memory: None,
+        scratch: None,
+        shard_bytes_max: 5_000_000_000,
+        fresh: false,
+        arrival: None,
+    }
+}
+
+fn run(job: &Job) -> Result<Summary> {
+    let observer: Arc<dyn Observer> = Arc::new(Silent);
+    quantize(job, &observer, &Arc::<Halt>::default())
+}
+
+fn compare(model: &Path, reference: &Path, windows: Calibration, workers: usize) -> Scores {
+    let job = Evaluation {
+        model: model.to_owned(),
+        reference: reference.to_owned(),
+        windows,
+        workers,
+    };
+    let observer: Arc<dyn Observer> = Arc::new(Silent);
+    evaluate(job, &observer, &Arc::<Halt>::default()).unwrap()
+}
+
+#[test]
+fn a_model_evaluates_as_itself() {
+    for name in FAMILIES {
+        let scores = compare(&model(name), &model(name), windows(name), 2);
+        assert_eq!((scores.kl_mean, scores.top1_agreement), (0.0, 1.0), "{name}");
+        assert!(scores.perplexity.is_finite());
+    }
+}
+
+#[test]
+fn rounded_to_nearest_verified_and_close() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in FAMILIES.into_iter().filter(|name| *name != "gpt_oss") {
+        let output = folder.path().join(name);
+        let summary = run(&rtn(&model(name), &output, 2)).unwrap();
+        let found = verify(&output, &model(name)).unwrap();
+        assert_eq!(found.problems, Vec::<String>::new(), "{name}");
+        assert_eq!(found.quantized, summary.linears, "{name}");
+        let scores = compare(&output, &model(name), windows(name), 2);
+        // Random weights route close calls another way now and then; a wrong layout would cost everything (about 3).
+        assert!(
+            scores.kl_mean > 0.0 && scores.kl_mean < 0.1,
+            "{name}: {}",
+            scores.kl_mean
+        );
+
+        let again = folder.path().join(format!("{name}-1"));
+        let alone = run(&rtn(&model(name), &again, 1)).unwrap();
+        assert_eq!(alone.output_digest, summary.output_digest, "{name}");
+    }
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let gptq = |name: &str| {
+        let mut job = rtn(&model(name), &folder.path().join(name), 1);
+        job.recipe.method = Method::Gptq;
+        job.calibration = windows(name);
+        job
+    };
+    for name in FAMILIES {
+        let error = run(&gptq(name)).unwrap_err();
+        assert!(error.to_string().contains("not collected yet"), "{error}");
+        assert!(error.hint().unwrap_or_default().contains("--method rtn"));
+    }
+    let error = run(&rtn(&model("gpt_oss"), &folder.path().join("rtn"), 1)).unwrap_err();
+    assert!(error.to_string().contains("interleaved"), "{error}");
+    let mut partly = rtn(&model("qwen3_vl_moe"), &folder.path().join("partly"), 1);
+    partly.recipe.ignore.push(r"experts\.3\.".into());
+    let error = run(&partly).unwrap_err();
+    assert!(error.to_string().contains("unquantized"), "{error}");
+}
+
+#[test]
+fn gpt_oss_keeps_its_experts_where_they_are_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let mut job = rtn(&model("gpt_oss"), &output, 2);
+    job.recipe.ignore.push(r"mlp\.experts".into());
+    let summary = run(&job).unwrap();
+    assert_eq!(summary.linears, 3 * 4);
+    assert_eq!(
+        verify(&output, &model("gpt_oss")).unwrap().problems,
+        Vec::<String>::new()
+    );
+    let scores = compare(&output, &model("gpt_oss"), windows("gpt_oss"), 1);
+    assert!(scores.kl_mean > 0.0 && scores.kl_mean < 0.1, "{}", scores.kl_mean);
+    write_logits(
+        &output,
+        &windows("gpt_oss"),
+        &folder.path().join("logits.safetensors"),
+    )
+    .unwrap();
+}
