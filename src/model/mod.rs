@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod families;
+mod fp8;
 pub mod mixture;
 pub mod mla;
 pub mod ops;

@@ -1,6 +1,7 @@
 //! The linears of any checkpoint that can be read: plain, or in one of the formats that are written here.
 
 use super::block::{Block, Linear};
+use super::fp8;
 use super::rotary::Rotary;
 use super::sites::{LinearSpec, SiteKind};
 use super::tower::Tower;
@@ -38,6 +39,8 @@ impl Source {
         let tower = Tower::open(folder, device)?;
         let config = tower.checkpoint.config().get("quantization_config").cloned();
         let quantized = match config {
+            // Widened as they are read.
+            Some(config) if fp8::is_fp8(&config) => None,
             Some(config) => Some((formats::detect(&config)?, config)),
             None => None,
         };

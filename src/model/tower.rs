@@ -3,6 +3,7 @@
 
 use super::block::{Block, Linear, Norms};
 use super::families;
+use super::fp8;
 use super::mixture::MixtureWeights;
 use super::rotary::Rotary;
 use super::sites::{FusedSlice, LinearSpec};
@@ -197,9 +198,13 @@ impl Tower {
         self.checkpoint.release(&self.embedding_name());
     }
 
-    /// A tensor in f32.
+    /// A tensor in f32. One in 8-bit floats is multiplied by its scales.
     pub fn load(&self, name: &str) -> Result<Tensor> {
-        let tensor = widen(&self.checkpoint.tensor(name)?, &self.device)?;
+        let view = self.checkpoint.tensor(name)?;
+        let tensor = match view.dtype {
+            Dtype::F8_E4M3 => fp8::widen(&self.checkpoint, &view, &self.device)?,
+            _ => widen(&view, &self.device)?,
+        };
         self.checkpoint.release(name);
         Ok(tensor)
     }

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod divergence;
 pub mod elementwise;
 pub mod factor;
+pub mod fp8;
 pub mod gemm;
 mod quantized;
 mod refine;
