@@ -87,13 +87,14 @@ fn kernels(c: &mut Criterion) {
         heads: 9,
         kv_heads: 3,
         head_dim: 64,
+        value_dim: 64,
         scale: 0.125,
         softcap: None,
         window: None,
     };
     let (q, k, v) = (random(TOKENS * 576), random(TOKENS * 192), random(TOKENS * 192));
     c.bench_function("attention 9 heads of 64", |b| {
-        b.iter(|| attention(&q, &k, &v, shape))
+        b.iter(|| attention(&q, &k, &v, None, shape))
     });
     let (gate, up) = (random(TOKENS * 1536), random(TOKENS * 1536));
     c.bench_function("silu gate", |b| {

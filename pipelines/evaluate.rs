@@ -8,7 +8,7 @@
 use super::run;
 use crate::calibration::{Batch, Calibration};
 use crate::error::{Error, Result};
-use crate::model::{Block, Linear, Rotary, SiteKind, Source, Tower};
+use crate::model::{LoadedBlock, Rotary, Source, Tower};
 use crate::numerics::divergence::{Divergence, compare};
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
@@ -76,7 +76,7 @@ struct Shared {
     streams: [Stream; 2],
     windows: Calibration,
     rotary: [Vec<Arc<Rotary>>; 2],
-    blocks: Shelf<(Block, Vec<Vec<Linear>>)>,
+    blocks: Shelf<LoadedBlock>,
     observer: Arc<dyn Observer>,
     halt: Arc<Halt>,
 }
@@ -258,14 +258,9 @@ fn step(
             continue;
         }
         let loaded = shared.blocks.get((block * 2 + i) as u64, 4, || {
-            Ok((
-                source.tower.block(block, &shared.rotary[i])?,
-                source.block_linears(block)?,
-            ))
+            source.load_block(block, &shared.rotary[i])
         })?;
-        let (layer, linears) = &*loaded;
-        let site = |site: SiteKind| &linears[site as usize][..];
-        store.put(key, &layer.forward(&residual, batch.length, site)?)?;
+        store.put(key, &source.forward(&loaded, &residual, batch.length)?)?;
     }
     match &residuals[..] {
         [model, reference] => {
@@ -381,9 +376,8 @@ pub fn write_logits(model: &Path, windows: &Calibration, output: &Path) -> Resul
         .collect();
     let mut residual = source.tower.embed(&tokens)?;
     for block in 0..source.tower.blocks() {
-        let layer = source.tower.block(block, &rotary)?;
-        let linears = source.block_linears(block)?;
-        residual = layer.forward(&residual, length, |site| &linears[site as usize][..])?;
+        let loaded = source.load_block(block, &rotary)?;
+        residual = source.forward(&loaded, &residual, length)?;
     }
     let logits = source.tower.logits(&residual)?;
     let values = logits.flatten_all()?.to_vec1::<f32>()?;

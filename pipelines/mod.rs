@@ -3,6 +3,7 @@
 pub mod data_free;
 pub mod evaluate;
 pub mod quantize;
+pub mod resolve;
 pub mod run;
 pub mod sequential;
 pub mod solve;

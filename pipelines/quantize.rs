@@ -1,7 +1,8 @@
 //! One quantization run from directory to directory: opens, plans, picks the graph, drives it, finishes the output.
 
+use super::resolve::{self, Earlier};
 use super::statistics::{self, Change};
-use super::{data_free, run, sequential, solve};
+use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
 use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, hex};
@@ -9,6 +10,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
+use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
@@ -91,6 +93,8 @@ pub struct Summary {
     pub output_bytes: u64,
     /// Blocks that an earlier run of this command had finished.
     pub resumed_blocks: usize,
+    /// Linears that were copied from the output that was there before.
+    pub reused_linears: usize,
     /// SHA-256 over the bytes of the output's tensors in name order.
     pub output_digest: String,
     /// What the calibration used and left out.
@@ -162,8 +166,18 @@ impl Job {
 /// # Errors
 /// Bad input, a full disk, an interrupt: what is finished stays, and the same job continues there.
 pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
+    run(job, None, observer, halt)
+}
+
+/// As [`quantize`], with what can be kept of an earlier output.
+pub(super) fn run(
+    job: &Job,
+    earlier: Option<&Earlier>,
+    observer: &Arc<dyn Observer>,
+    halt: &Arc<Halt>,
+) -> Result<Summary> {
     let begin = (Instant::now(), report::process_cpu());
-    let (tower, plan) = job.plan()?;
+    let (tower, mut plan) = job.plan()?;
     if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() && job.statistics.is_none() {
         return Err(Error::usage(
             "--calibration",
@@ -189,6 +203,21 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
         ));
     }
     let (plan_peak, resident) = job.predict(&plan)?;
+    let solved = match &job.statistics {
+        Some(artifact) => resolve::keys(&plan, artifact)?,
+        None => Vec::new(),
+    };
+    let kept = match earlier {
+        Some(earlier) => earlier.keep(&mut plan, solved.clone())?,
+        None => BTreeMap::new(),
+    };
+    if !kept.is_empty() {
+        observer.note(&format!(
+            "kept: {} of {} linears are what is wanted",
+            kept.len(),
+            solved.len()
+        ));
+    }
     prepare_folder(job)?;
     let work = job.output.join(WORK_FOLDER);
     storage::create_folder(&work)?;
@@ -199,7 +228,7 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     let layout = OutputLayout::new(&plan.output, job.shard_bytes_max)?;
     output.writer = Some(OutputWriter::open(&job.output, layout)?);
     let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
-    copy_untouched(&tower, &plan, &output)?;
+    copy_untouched(&tower, &plan, earlier, &output)?;
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
     let length = job.calibration.length_max();
     tower.expect_length(length)?;
@@ -223,7 +252,12 @@ pub fn quantize(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Re
     if resumed_blocks < shared.plan.blocks() {
         drive(job, &shared, resident as usize / job.workers)?;
     }
-    let summary = finish(job, shared, &fingerprint, |summary| {
+    let made = Made {
+        fingerprint,
+        solved,
+        kept,
+    };
+    let summary = finish(job, shared, made, |summary| {
         summary.elapsed_seconds = begin.0.elapsed().as_secs_f64();
         summary.cpu_seconds = (report::process_cpu() - begin.1).as_secs_f64();
         summary.plan_peak_host_bytes = plan_peak;
@@ -312,7 +346,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
         ));
     }
     let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).is_dir();
-    if finished && !job.fresh {
+    if (finished || resolve::is_under_way(output)) && !job.fresh {
         return Err(Error::invalid(
             output.display().to_string(),
             "holds a finished checkpoint",
@@ -327,7 +361,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
     Ok(())
 }
 
-fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
+fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output: &Output) -> Result<()> {
     let done = output
         .records
         .lock()
@@ -338,6 +372,9 @@ fn copy_untouched(tower: &Tower, plan: &Plan, output: &Output) -> Result<()> {
     let writer = output.writer()?;
     for name in &plan.copied {
         writer.copy(name, &tower.checkpoint)?;
+    }
+    if let Some(earlier) = earlier {
+        earlier.copy(plan, writer)?;
     }
     writer.sync()?;
     output.note(Record::Copied)
@@ -356,7 +393,7 @@ fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    run::with_locals(
+    workers::with_locals(
         job.workers,
         shared,
         &scratch,
@@ -369,14 +406,18 @@ fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
     )
 }
 
+/// What a finished run tells beside its tensors.
+struct Made {
+    fingerprint: String,
+    /// Key of every linear that was solved from statistics, here or before.
+    solved: Vec<Solved>,
+    /// Rows of the linears that were kept, by name.
+    kept: BTreeMap<String, Row>,
+}
+
 /// Digests, gives everything its final name, writes what readers and people want beside the weights; `config.json` last, without
 /// which nothing loads the folder.
-fn finish(
-    job: &Job,
-    shared: Arc<Shared>,
-    fingerprint: &str,
-    measure: impl FnOnce(&mut Summary),
-) -> Result<Summary> {
+fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut Summary)) -> Result<Summary> {
     let shared = Arc::into_inner(shared).ok_or_else(|| Error::Worker("a worker is still running".into()))?;
     let Shared {
         tower,
@@ -386,7 +427,11 @@ fn finish(
         observer,
         ..
     } = shared;
-    let rows = rows(&output);
+    let reused_linears = made.kept.len();
+    let mut rows = rows(&output);
+    rows.extend(made.kept.into_values());
+    let place: BTreeMap<&str, usize> = plan.linears.iter().map(|l| (l.name.as_str(), l.index)).collect();
+    rows.sort_by_key(|row| place.get(row.name.as_str()).copied());
     let quantized = plan.linears.iter().filter(|linear| linear.grid.is_some()).count();
     if rows.len() != quantized {
         return Err(Error::Worker(format!(
@@ -429,6 +474,7 @@ fn finish(
         source_bytes: tower.checkpoint.byte_len(),
         output_bytes,
         resumed_blocks: 0,
+        reused_linears,
         output_digest,
         calibration: job.calibration.usage.clone(),
         operators: clock.seconds(),
@@ -438,11 +484,12 @@ fn finish(
         "quantflow": env!("CARGO_PKG_VERSION"),
         "recipe": job.recipe,
         "architecture": tower.spec.architecture,
-        "fingerprint": fingerprint,
+        "fingerprint": made.fingerprint,
         "output_digest": summary.output_digest,
         "calibration_tokens": summary.calibration_tokens,
         "batches": job.calibration.batches.iter().map(|batch| batch.id.to_string()).collect::<Vec<_>>(),
         "relative_error_mean": summary.relative_error_mean,
+        "solved": made.solved.into_iter().collect::<BTreeMap<_, _>>(),
     });
     storage::write_json(&folder.join(PROVENANCE), &provenance)?;
     let mut config = tower.checkpoint.config().clone();

@@ -112,7 +112,7 @@ pub fn feed<D: Clone + 'static>(
     record: &D,
 ) {
     let shared = &local.shared;
-    let first = (shared.output.blocks_done() * crate::model::SiteKind::ALL.len()) as u64;
+    let first = shared.plan.block_steps(shared.output.blocks_done()).start;
     for step in first..shared.plan.steps() {
         input.advance_to(step);
         input.send(record.clone());

@@ -187,7 +187,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         clock: CpuClock::default(),
         halt: Arc::clone(halt),
     });
-    let left = (shared.plan.blocks() - resumed_blocks) * SiteKind::ALL.len() * shared.batches.len();
+    let left =
+        (shared.plan.steps() - shared.plan.block_steps(resumed_blocks).start) as usize * shared.batches.len();
     if left > 0 {
         observer.phase("statistics", left as u64);
         let scratch = job.scratch.clone().unwrap_or_else(|| work.clone());
@@ -286,7 +287,7 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
     let _lock = FolderLock::acquire(&work, "lock")?;
     let mut merged = Artifact::new(folder, header.clone());
     for block in 0..header.blocks.len() {
-        let sums = SiteKind::ALL.into_iter().map(|site| {
+        let sums = SiteKind::DENSE.into_iter().map(|site| {
             let mut total = first.site(block, site)?;
             for part in others {
                 total.merge(&part.site(block, site)?)?;

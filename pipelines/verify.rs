@@ -3,11 +3,12 @@
 use super::quantize::PROVENANCE;
 use crate::checkpoint::{Checkpoint, hex, read_json};
 use crate::error::Result;
-use crate::model::{SiteKind, Source};
+use crate::model::Source;
 use crate::numerics::Grid;
 use candle_core::Device;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What was checked and what did not hold.
@@ -38,15 +39,20 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
         output_digest: String::new(),
         problems: Vec::new(),
     };
-    let mut linears = Vec::new();
+    let mut replaced = BTreeSet::new();
     for block in 0..written.tower.blocks() {
-        for site in SiteKind::ALL {
-            let mut grids: Vec<Option<Grid>> = Vec::new();
-            for spec in written.tower.spec.block.linears(site) {
+        for site in written.tower.spec.sites(block) {
+            let mut grids: Vec<(bool, Option<Grid>)> = Vec::new();
+            for spec in written.tower.spec.linears(block, site) {
                 let name = written.tower.linear_name(block, &spec);
+                let routed = spec.fused.is_some();
+                if written.tower.has_plain(block, &spec) {
+                    grids.push((routed, None));
+                    continue;
+                }
                 match written.quantized_weight(&name) {
                     Ok(weight) => {
-                        grids.push(weight.as_ref().map(|weight| weight.grid));
+                        grids.push((routed, weight.as_ref().map(|weight| weight.grid)));
                         if let Some(weight) = weight {
                             found.quantized += 1;
                             if (weight.rows, weight.columns) != (spec.rows, spec.columns) {
@@ -54,13 +60,18 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
                                     .problems
                                     .push(format!("{name} has shape {} x {}", weight.rows, weight.columns));
                             }
-                            linears.push(format!("{name}.weight"));
+                            replaced.insert(format!("{name}.weight"));
+                            if let Some(slice) = &spec.fused {
+                                let tensor = format!("{}{}", written.tower.block_prefix(block), slice.tensor);
+                                replaced.insert(tensor);
+                            }
                         }
                     }
                     Err(error) => found.problems.push(error.to_string()),
                 }
             }
-            if grids.windows(2).any(|pair| pair[0] != pair[1]) {
+            let differ = |pair: &[(bool, Option<Grid>)]| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1;
+            if grids.windows(2).any(differ) {
                 found.problems.push(format!(
                     "block {block}: the linears at {site:?} are fused when served, but differ in scheme"
                 ));
@@ -68,7 +79,7 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
         }
     }
     for name in original.names() {
-        let replaced = linears.iter().any(|linear| linear == name);
+        let replaced = replaced.contains(name);
         match (original.get(name), checkpoint.get(name)) {
             (_, None) if replaced => {}
             (_, Some(_)) if replaced => found

@@ -301,14 +301,14 @@ impl Artifact {
         Ok(())
     }
 
-    /// Writes the sums of a block, one a site in [`SiteKind::ALL`]'s order, under a name that follows from the content; returns it.
+    /// Writes the sums of a block, one a site in [`SiteKind::DENSE`]'s order, under a name that follows from the content; returns it.
     /// The artifact does not hold them until [`Self::commit`].
     ///
     /// # Errors
     /// More was taken away than there is, or the disk is full.
     pub fn write_block(&self, block: usize, sites: &[SiteStatistics]) -> Result<String> {
         let mut tensors: Vec<(TensorSpec, Cow<'_, [u8]>)> = Vec::new();
-        for (site, statistics) in SiteKind::ALL.into_iter().zip(sites) {
+        for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
             let tokens = u64::try_from(statistics.tokens()).map_err(|_| {
                 Error::invalid(
                     self.folder.display().to_string(),
@@ -333,7 +333,7 @@ impl Artifact {
             tensors.push((spec, Cow::Owned(tokens.to_le_bytes().to_vec())));
         }
         // Widest dtype first keeps every tensor aligned.
-        for (site, statistics) in SiteKind::ALL.into_iter().zip(sites) {
+        for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
             let values = statistics.exponents().values();
             let spec = TensorSpec {
                 name: tensor_name(site, "exponents"),

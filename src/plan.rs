@@ -2,12 +2,14 @@
 
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
-use crate::model::{SiteKind, Tower};
+use crate::model::{LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
 use crate::numerics::panels::{PANEL_ROWS, Shape};
-use crate::recipe::{Recipe, Scheme};
+use crate::recipe::{Method, Recipe, Scheme};
 use regex::RegexSet;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem::discriminant;
+use std::ops::Range;
 
 /// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
 pub const CHUNK_ROWS: usize = 128;
@@ -26,8 +28,10 @@ pub struct PlannedLinear {
     pub block: usize,
     /// Its input.
     pub site: SiteKind,
-    /// Position among the site's linears.
+    /// Position among the step's linears.
     pub slot: usize,
+    /// How the model knows it.
+    pub spec: LinearSpec,
     /// Full module name.
     pub name: String,
     /// Output features.
@@ -38,9 +42,16 @@ pub struct PlannedLinear {
     pub grid: Option<Grid>,
     /// What departs from the recipe, in words.
     pub fallback: Option<String>,
+    /// An earlier output holds just this: it is copied from there.
+    pub kept: bool,
 }
 
 impl PlannedLinear {
+    /// The grid, if there are codes to choose.
+    pub fn to_solve(&self) -> Option<Grid> {
+        self.grid.filter(|_| !self.kept)
+    }
+
     /// `W4 g128 symmetric`
     pub fn scheme(&self) -> String {
         match self.grid {
@@ -58,6 +69,15 @@ impl PlannedLinear {
     }
 }
 
+/// What is worked on at a time: the linears of a site, or, of a mixture's many, those of one expert.
+#[derive(Clone, Debug)]
+struct Step {
+    block: usize,
+    site: SiteKind,
+    /// Positions in [`Plan::linears`].
+    linears: Range<usize>,
+}
+
 /// Everything that a run will do.
 pub struct Plan {
     /// The recipe.
@@ -72,6 +92,7 @@ pub struct Plan {
     pub output: Vec<TensorSpec>,
     /// Linears outside the blocks (head, vision tower, projector), for the output's ignore list.
     pub outside: Vec<LinearLayout>,
+    steps: Vec<Step>,
     blocks: usize,
 }
 
@@ -88,7 +109,8 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a method that
+    /// the model's blocks do not have yet.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
         if tower.checkpoint.config().get("quantization_config").is_some() {
@@ -98,14 +120,40 @@ impl Plan {
                 "start from the original checkpoint",
             ));
         }
+        if !tower.spec.is_dense() && recipe.method != Method::Rtn {
+            return Err(Error::invalid(
+                tower.checkpoint.folder().display().to_string(),
+                format!(
+                    "{} has experts or latent attention, whose statistics are not collected yet",
+                    tower.spec.architecture
+                ),
+                "such models can be evaluated, and quantized with --method rtn",
+            ));
+        }
         let format = formats::by_name(&recipe.format)?;
         let ignore = patterns("--ignore", &recipe.ignore)?;
         let schemes = Schemes::new(&recipe)?;
-        let mut linears = Vec::new();
+        let mut linears: Vec<PlannedLinear> = Vec::new();
+        let mut steps: Vec<Step> = Vec::new();
+        let expert = |spec: &LinearSpec| spec.fused.as_ref().map(|slice| slice.expert);
         for block in 0..tower.blocks() {
-            for site in SiteKind::ALL {
-                for (slot, spec) in tower.spec.block.linears(site).iter().enumerate() {
-                    let name = tower.linear_name(block, spec);
+            for site in tower.spec.sites(block) {
+                let first = steps.len();
+                for spec in tower.spec.linears(block, site) {
+                    let index = linears.len();
+                    let begins = steps.len() == first
+                        || linears
+                            .last()
+                            .is_some_and(|last| expert(&last.spec) != expert(&spec));
+                    if begins {
+                        let linears = index..index;
+                        steps.push(Step { block, site, linears });
+                    }
+                    let slot = steps.last_mut().map_or(0, |step| {
+                        step.linears.end = index + 1;
+                        index - step.linears.start
+                    });
+                    let name = tower.linear_name(block, &spec);
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
                         false => {
@@ -117,7 +165,7 @@ impl Plan {
                         format.check(&name, spec.rows, spec.columns, grid)?;
                     }
                     linears.push(PlannedLinear {
-                        index: linears.len(),
+                        index,
                         block,
                         site,
                         slot,
@@ -126,11 +174,14 @@ impl Plan {
                         columns: spec.columns,
                         grid,
                         fallback,
+                        kept: false,
+                        spec,
                     });
                 }
             }
         }
         schemes.check(&linears)?;
+        check_fused(tower, &linears)?;
         let mut plan = Self {
             recipe,
             format,
@@ -138,6 +189,7 @@ impl Plan {
             copied: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
+            steps,
             blocks: tower.blocks(),
         };
         plan.place(tower);
@@ -159,15 +211,19 @@ impl Plan {
     }
 
     fn place(&mut self, tower: &Tower) {
-        let quantized: BTreeMap<String, &PlannedLinear> = self
+        let quantized: BTreeSet<String> = self
             .linears
             .iter()
             .filter(|linear| linear.grid.is_some())
-            .map(|linear| (format!("{}.weight", linear.name), linear))
+            .map(|linear| {
+                let fused = tower.fused_name(linear.block, &linear.spec);
+                fused.unwrap_or_else(|| format!("{}.weight", linear.name))
+            })
             .collect();
+        let inside: BTreeSet<&str> = self.linears.iter().map(|linear| linear.name.as_str()).collect();
         let embedding = tower.embedding_name();
         for name in tower.checkpoint.names() {
-            if quantized.contains_key(name) {
+            if quantized.contains(name) {
                 continue;
             }
             let Some(spec) = tower.checkpoint.spec(name) else {
@@ -176,7 +232,7 @@ impl Plan {
             if let Some(module) = name.strip_suffix(".weight")
                 && let [rows, columns] = spec.shape[..]
                 && name != embedding
-                && !self.linears.iter().any(|linear| linear.name == module)
+                && !inside.contains(module)
             {
                 let layout = LinearLayout {
                     name: module.into(),
@@ -212,32 +268,40 @@ impl Plan {
         self.blocks
     }
 
-    /// Steps of a sequential run: one a block and site.
+    /// Steps of a run: one a block and site, and in a mixture one an expert.
     pub fn steps(&self) -> u64 {
-        (self.blocks * SiteKind::ALL.len()) as u64
+        self.steps.len() as u64
     }
 
     /// Block and site of a step.
     pub fn step(&self, step: u64) -> (usize, SiteKind) {
-        let sites = SiteKind::ALL.len();
-        (step as usize / sites, SiteKind::ALL[step as usize % sites])
+        let step = &self.steps[step as usize];
+        (step.block, step.site)
+    }
+
+    /// The steps of a block; none for those beyond the last.
+    pub fn block_steps(&self, block: usize) -> Range<u64> {
+        let begin = self.steps.partition_point(|step| step.block < block);
+        let end = self.steps.partition_point(|step| step.block <= block);
+        begin as u64..end as u64
+    }
+
+    /// Whether a step is the last of its block.
+    pub fn ends_block(&self, step: u64) -> bool {
+        let next = self.steps.get(step as usize + 1);
+        next.is_none_or(|next| next.block != self.step(step).0)
     }
 
     /// The linears of a step.
     pub fn step_linears(&self, step: u64) -> &[PlannedLinear] {
-        let (block, site) = self.step(step);
-        let begin = self
-            .linears
-            .partition_point(|linear| (linear.block, linear.site) < (block, site));
-        let end = self
-            .linears
-            .partition_point(|linear| (linear.block, linear.site) <= (block, site));
-        &self.linears[begin..end]
+        &self.linears[self.steps[step as usize].linears.clone()]
     }
 
     /// Whether a step has anything to quantize.
     pub fn is_active(&self, step: u64) -> bool {
-        self.step_linears(step).iter().any(|linear| linear.grid.is_some())
+        self.step_linears(step)
+            .iter()
+            .any(|linear| linear.to_solve().is_some())
     }
 
     /// All linears, for the output's config.
@@ -306,7 +370,9 @@ impl Plan {
 
     /// Bytes of a block's sums in an artifact, and of those of one site that are added to them.
     fn block_sum_bytes(&self, graph: Graph) -> u64 {
-        let sites = (0..SiteKind::ALL.len() as u64).map(|step| Needs::new(self, graph, step, 1, 0).sums);
+        let sites = self
+            .block_steps(0)
+            .map(|step| Needs::new(self, graph, step, 1, 0).sums);
         sites.clone().sum::<u64>() + sites.max().unwrap_or(0)
     }
 }
@@ -442,7 +508,15 @@ impl<'a> Schemes<'a> {
 
     /// Serving stacks fuse the linears of one input: they have to agree. And a scheme that nothing has is a mistyped target.
     fn check(&self, linears: &[PlannedLinear]) -> Result<()> {
-        for fused in linears.chunk_by(|a, b| (a.block, a.site) == (b.block, b.site)) {
+        // All routed experts of a layer are one, whatever their number; the shared one stands by itself.
+        let key = |linear: &PlannedLinear| {
+            (
+                linear.block,
+                discriminant(&linear.site),
+                linear.spec.fused.is_some(),
+            )
+        };
+        for fused in linears.chunk_by(|a, b| key(a) == key(b)) {
             let mut quantized = fused.iter().filter(|linear| linear.grid.is_some());
             let Some(first) = quantized.next() else { continue };
             if let Some(other) = quantized.find(|linear| linear.grid != first.grid) {
@@ -477,6 +551,41 @@ impl<'a> Schemes<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses tensors of all experts that would be quantized in part, or that no written layout has names for.
+fn check_fused(tower: &Tower, linears: &[PlannedLinear]) -> Result<()> {
+    let mut tensors: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for linear in linears {
+        let (Some(slice), Some(name)) = (&linear.spec.fused, tower.fused_name(linear.block, &linear.spec))
+        else {
+            continue;
+        };
+        if linear.grid.is_some() && slice.layout.interleaved {
+            return Err(Error::invalid(
+                name,
+                "has gate and up interleaved, for which no output format has names",
+                "leave the experts out: --ignore 'mlp.experts'",
+            ));
+        }
+        let (parts, quantized) = tensors.entry(name).or_default();
+        *parts += 1;
+        *quantized += usize::from(linear.grid.is_some());
+    }
+    match tensors
+        .into_iter()
+        .find(|(_, (parts, quantized))| *quantized > 0 && quantized < parts)
+    {
+        None => Ok(()),
+        Some((name, (parts, quantized))) => Err(Error::usage(
+            "--ignore",
+            format!(
+                "leaves {} of {parts} linears of {name} unquantized",
+                parts - quantized
+            ),
+            "let it match all experts of a layer, or none",
+        )),
     }
 }
 

@@ -64,6 +64,12 @@ pub fn copy_whole(from: &Path, to: &Path) -> Result<()> {
     write_whole_with(to, |target| std::io::copy(&mut source, target).map(drop))
 }
 
+/// Moves a file to another place of the same disk, at once, over what is there.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).context("rename a finished file to", to)?;
+    sync_folder(parent(to))
+}
+
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,

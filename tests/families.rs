@@ -2,8 +2,10 @@
 //! public models.
 
 use quantflow::error::Result;
+use quantflow::model::SiteKind;
 use quantflow::model::families;
 use quantflow::model::spec::{Activation, ModelSpec};
+use quantflow::numerics::routing::{GroupLimit, Scoring};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -72,6 +74,17 @@ fn published_shapes() {
         ("phi-3-mini-128k", (32, 3072, 32, 32, 96, 8192, 32_064, false)),
         ("qwen2.5-vl-7b", (28, 3584, 28, 4, 128, 18_944, 152_064, false)),
         ("llava-1.5-7b", (32, 4096, 32, 32, 128, 11_008, 32_064, false)),
+        ("mixtral-8x7b", (32, 4096, 32, 8, 128, 14_336, 32_000, false)),
+        ("qwen1.5-moe-a2.7b", (24, 2048, 16, 16, 128, 5632, 151_936, false)),
+        ("qwen3-30b-a3b", (48, 2048, 32, 4, 128, 6144, 151_936, false)),
+        ("qwen3-vl-30b-a3b", (48, 2048, 32, 4, 128, 6144, 151_936, false)),
+        (
+            "deepseek-v2-lite",
+            (27, 2048, 16, 16, 192, 10_944, 102_400, false),
+        ),
+        ("deepseek-v2", (60, 5120, 128, 128, 192, 12_288, 102_400, false)),
+        ("deepseek-v3", (61, 7168, 128, 128, 192, 18_432, 129_280, false)),
+        ("gpt-oss-20b", (24, 2880, 64, 8, 64, 2880, 201_088, false)),
         ("tiny-vl", (5, 256, 4, 2, 64, 512, 2048, true)),
     ];
     for (name, expected) in cases {
@@ -91,6 +104,90 @@ fn published_shapes() {
         assert_eq!(shape, *expected, "{name}");
         assert_eq!(b.hidden_size, s.hidden_size, "{name}");
     }
+}
+
+/// Mixture layers, experts, experts per token, inner width, shared width, parameters of all linears in blocks (millions).
+type MixtureShape = (usize, usize, usize, usize, Option<usize>, u64);
+
+#[test]
+fn published_mixtures() {
+    let cases: &[(&str, MixtureShape)] = &[
+        ("mixtral-8x7b", (32, 8, 2, 14_336, None, 46_439)),
+        ("qwen1.5-moe-a2.7b", (24, 60, 4, 1408, Some(5632), 13_690)),
+        ("qwen3-30b-a3b", (48, 128, 8, 768, None, 29_896)),
+        ("qwen3-vl-30b-a3b", (48, 128, 8, 768, None, 29_896)),
+        ("deepseek-v2-lite", (26, 64, 6, 1408, Some(2816), 15_283)),
+        ("deepseek-v2", (59, 160, 6, 1536, Some(3072), 234_643)),
+        ("deepseek-v3", (58, 256, 8, 2048, Some(2048), 669_065)),
+        ("gpt-oss-20b", (24, 32, 4, 2880, None, 19_747)),
+    ];
+    for (name, expected) in cases {
+        let s = families::parse(&published(name)).expect(name);
+        let m = s.block.mixture.as_ref().expect(name);
+        let linears = (0..s.layers.len()).flat_map(|block| {
+            let s = &s;
+            s.sites(block)
+                .into_iter()
+                .flat_map(move |site| s.linears(block, site))
+        });
+        let parameters: u64 = linears.map(|l| (l.rows * l.columns) as u64).sum();
+        let found = (
+            s.layers.iter().filter(|layer| layer.mixture).count(),
+            m.routing.experts,
+            m.routing.experts_per_token,
+            m.intermediate_size,
+            m.shared.map(|shared| shared.intermediate_size),
+            parameters / 1_000_000,
+        );
+        assert_eq!(found, *expected, "{name}");
+        assert!(!s.is_dense());
+    }
+
+    let v3 = families::parse(&published("deepseek-v3")).unwrap();
+    let sites = |block| v3.sites(block);
+    assert_eq!(
+        sites(2),
+        [
+            SiteKind::Qkv,
+            SiteKind::QB,
+            SiteKind::KvB,
+            SiteKind::O,
+            SiteKind::GateUp,
+            SiteKind::Down
+        ]
+    );
+    assert_eq!(sites(3).len(), 6 + 256);
+    assert!(
+        sites(3).is_sorted(),
+        "sites come in the order in which they are reached"
+    );
+    assert_eq!(v3.linears(3, SiteKind::GateUp).len(), 2 + 2 * 256);
+    let down = &v3.linears(3, SiteKind::ExpertDown(255))[0];
+    assert_eq!(
+        (&*down.name, down.rows, down.columns),
+        ("mlp.experts.255.down_proj", 7168, 2048)
+    );
+    assert_eq!(v3.block.site_width(&v3.layers[3], SiteKind::KvB), 512);
+    assert_eq!(v3.block.site_width(&v3.layers[3], SiteKind::O), 128 * 128);
+    assert!(v3.linears(2, SiteKind::ExpertDown(0)).is_empty());
+    let rule = v3.block.mixture.as_ref().unwrap().routing;
+    assert_eq!(
+        (rule.scoring, rule.normalize, rule.scale),
+        (Scoring::Sigmoid, true, 2.5)
+    );
+    assert_eq!(
+        rule.groups,
+        Some(GroupLimit {
+            groups: 8,
+            used: 4,
+            best: 2
+        })
+    );
+    // 192^-0.5 * (0.1 ln 40 + 1)^2
+    assert!((v3.block.attention_scale - 0.135_234).abs() < 1e-6);
+    let lite = families::parse(&published("deepseek-v2-lite")).unwrap();
+    assert_eq!(lite.block.mla.unwrap().q_lora_rank, None);
+    assert_eq!(lite.block.mixture.as_ref().unwrap().routing.groups, None);
 }
 
 #[test]

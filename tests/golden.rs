@@ -60,10 +60,9 @@ fn differences(folder: &Path) -> Vec<(String, f32)> {
     let mut residual = tower.embed(&tokens).unwrap();
     for i in 0..tower.blocks() {
         let block = tower.block(i, &rotary).unwrap();
-        let linears = SiteKind::ALL.map(|site| tower.linears(i, site).unwrap());
-        let linears_of =
-            |site: SiteKind| linears[SiteKind::ALL.iter().position(|s| *s == site).unwrap()].as_slice();
-        residual = block.forward(&residual, length, linears_of).unwrap();
+        residual = block
+            .forward(&residual, length, &|linear| tower.linear(i, linear))
+            .unwrap();
         let name = format!("hidden_{i}");
         found.push((name.clone(), difference(&residual, &golden[&name])));
     }
@@ -92,7 +91,7 @@ fn forward_is_that_of_transformers() {
         .filter(|path| path.is_dir())
         .collect();
     folders.sort();
-    assert!(folders.len() >= 13);
+    assert!(folders.len() >= 21);
     for folder in folders {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let found = differences(&folder);
@@ -112,9 +111,125 @@ fn forward_is_that_of_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+fn copied(name: &str) -> tempfile::TempDir {
+    let source = fixtures().join("families").join(name);
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(&source).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+fn worst(folder: &Path) -> f32 {
+    let found = differences(folder);
+    let shown = found
+        .iter()
+        .filter(|(what, _)| what.starts_with("hidden") || what == "logits");
+    shown.map(|(_, d)| *d).fold(0.0, f32::max)
+}
+
+/// Rewrites the weights of a copy.
+fn rewrite(folder: &Path, change: impl Fn(&mut HashMap<String, Tensor>)) {
+    let path = folder.join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    change(&mut tensors);
+    candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+/// As [`fixtures_notice_what_is_left_out`], for what no config can leave out.
+#[test]
+fn fixtures_notice_weights_that_are_left_out() {
+    let cases = [
+        ("qwen2_moe", "shared_expert.down_proj.weight", 0.0),
+        ("qwen2_moe", "shared_expert_gate.weight", 0.0),
+        ("qwen2_moe", "self_attn.q_proj.bias", 0.0),
+        ("deepseek_v2", "shared_experts.down_proj.weight", 0.0),
+        ("deepseek_v2", "kv_a_proj_with_mqa.bias", 0.0),
+        ("deepseek_v2", "q_a_layernorm.weight", 1.0),
+        ("deepseek_v3", "e_score_correction_bias", 0.0),
+        ("deepseek_v3", "kv_a_layernorm.weight", 1.0),
+        ("gpt_oss", "self_attn.sinks", -100.0),
+        ("gpt_oss", "router.bias", 0.0),
+        ("gpt_oss", "gate_up_proj_bias", 0.0),
+        ("gpt_oss", "down_proj_bias", 0.0),
+    ];
+    for (name, ending, value) in cases {
+        let copy = copied(name);
+        rewrite(copy.path(), |tensors| {
+            for tensor in tensors.iter_mut().filter(|(name, _)| name.ends_with(ending)) {
+                *tensor.1 = (tensor.1.zeros_like().unwrap() + value).unwrap();
+            }
+        });
+        let worst = worst(copy.path());
+        println!("{name} without {ending}: {worst:.1e}");
+        assert!(worst > NOTICED, "{name} without {ending}: only {worst:.1e}");
+    }
+}
+
+/// Experts are read from separate tensors, and from tensors of all experts in either orientation.
+#[test]
+fn experts_are_read_in_every_layout() {
+    let turned = copied("qwen3_vl_moe");
+    rewrite(turned.path(), |tensors| {
+        for tensor in tensors
+            .iter_mut()
+            .filter(|(name, _)| name.contains(".mlp.experts."))
+        {
+            *tensor.1 = tensor.1.transpose(1, 2).unwrap().contiguous().unwrap();
+        }
+    });
+    assert!(worst(turned.path()) <= TOLERANCE, "[experts, out, in]");
+
+    // Mixtral as transformers has it in memory.
+    let fused = copied("mixtral");
+    rewrite(fused.path(), |tensors| {
+        for layer in 0..3 {
+            let old = format!("model.layers.{layer}.block_sparse_moe");
+            let new = format!("model.layers.{layer}.mlp");
+            let mut take = |name: String| tensors.remove(&name).unwrap();
+            let router = take(format!("{old}.gate.weight"));
+            let mut expert = |e: usize, w: &str| take(format!("{old}.experts.{e}.{w}.weight"));
+            let pairs: Vec<Tensor> = (0..6)
+                .map(|e| Tensor::cat(&[expert(e, "w1"), expert(e, "w3")], 0).unwrap())
+                .collect();
+            let downs: Vec<Tensor> = (0..6).map(|e| expert(e, "w2")).collect();
+            tensors.insert(format!("{new}.gate.weight"), router);
+            tensors.insert(
+                format!("{new}.experts.gate_up_proj"),
+                Tensor::stack(&pairs, 0).unwrap(),
+            );
+            tensors.insert(
+                format!("{new}.experts.down_proj"),
+                Tensor::stack(&downs, 0).unwrap(),
+            );
+        }
+    });
+    assert!(
+        worst(fused.path()) <= TOLERANCE,
+        "Mixtral's experts in one tensor"
+    );
+
+    // A tensor of all experts of another shape is refused by name.
+    rewrite(fused.path(), |tensors| {
+        let name = "model.layers.1.mlp.experts.down_proj";
+        let narrow = tensors[name].narrow(2, 0, 20).unwrap().contiguous().unwrap();
+        tensors.insert(name.into(), narrow);
+    });
+    let tower = Tower::open(fused.path(), Device::Cpu).unwrap();
+    let down = &tower.spec.linears(1, SiteKind::ExpertDown(0))[0];
+    let error = tower.linear(1, down).unwrap_err().to_string();
+    assert!(
+        error.contains("model.layers.1.mlp.experts.down_proj: has shape"),
+        "{error}"
+    );
+}
+
 /// Each peculiarity shows in the fixtures: with a config that lacks it, the hidden states or logits are others.
 #[test]
 fn fixtures_notice_what_is_left_out() {
+    // Without the magnitude that only the attention's scale has.
+    let yarn = json!({"rope_type": "yarn", "factor": 40.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16, "attention_factor": 1.0});
     let default = json!({"rope_type": "default", "rope_theta": 10000.0});
     let cases = [
         (
@@ -159,24 +274,30 @@ fn fixtures_notice_what_is_left_out() {
             "qwen3_vl",
             json!({"text_config": {"rope_parameters": {"rope_theta": 10.0}}}),
         ),
+        ("mixtral", json!({"num_experts_per_tok": 1})),
+        ("mixtral", json!({"num_experts_per_tok": 3})),
+        ("qwen2_moe", json!({"norm_topk_prob": true})),
+        ("qwen3_moe", json!({"norm_topk_prob": false})),
+        ("qwen3_vl_moe", json!({"text_config": {"num_experts_per_tok": 3}})),
+        ("deepseek_v2", json!({"topk_method": "greedy"})),
+        ("deepseek_v2", json!({"topk_group": 3})),
+        ("deepseek_v2", json!({"routed_scaling_factor": 1.0})),
+        ("deepseek_v2_lite", json!({"rope_parameters": yarn})),
+        ("deepseek_v3", json!({"topk_group": 4})),
+        ("deepseek_v3", json!({"norm_topk_prob": false})),
+        ("deepseek_v3", json!({"routed_scaling_factor": 1.0})),
+        ("deepseek_v3", json!({"rope_interleave": false})),
+        ("gpt_oss", json!({"swiglu_limit": 7.0})),
+        ("gpt_oss", json!({"swiglu_alpha": 1.0})),
+        ("gpt_oss", json!({"sliding_window": 100})),
     ];
     for (name, changes) in cases {
-        let source = fixtures().join("families").join(name);
-        let copy = tempfile::tempdir().unwrap();
-        for entry in std::fs::read_dir(&source).unwrap() {
-            let entry = entry.unwrap();
-            std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-        }
+        let copy = copied(name);
         let path = copy.path().join("config.json");
         let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         merge(&mut config, &changes);
         std::fs::write(&path, config.to_string()).unwrap();
-        let found = differences(copy.path());
-        let worst = found
-            .iter()
-            .filter(|(what, _)| what.starts_with("hidden") || what == "logits")
-            .map(|(_, d)| *d);
-        let worst = worst.fold(0.0, f32::max);
+        let worst = worst(copy.path());
         println!("{name} with {changes}: {worst:.1e}");
         assert!(worst > NOTICED, "{name} with {changes}: only {worst:.1e}");
     }

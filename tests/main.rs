@@ -6,6 +6,7 @@ mod families;
 mod formats;
 mod golden;
 mod layout;
+mod mixtures;
 mod quantize;
 mod reference;
 mod solver;

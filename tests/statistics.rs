@@ -7,9 +7,10 @@ use quantflow::error::Result;
 use quantflow::operators::Halt;
 use quantflow::operators::groups::changed_groups;
 use quantflow::pipelines::quantize::{self, quantize};
+use quantflow::pipelines::resolve;
 use quantflow::pipelines::statistics::{Change, Job, Summary, merge_artifacts, update};
 use quantflow::pipelines::verify::verify;
-use quantflow::recipe::{Damping, Recipe};
+use quantflow::recipe::{Damping, Recipe, Scheme};
 use quantflow::report::{Observer, Row, Silent};
 use quantflow::storage;
 use rand_chacha::ChaCha8Rng;
@@ -422,6 +423,132 @@ fn one_artifact_serves_many_recipes() {
     let at_once = quantize::independent(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
     assert_eq!(at_once.output_digest, four.output_digest);
     assert!(!at("independent").join(".quantflow").exists());
+}
+
+/// Counts the linears that were solved, and stops after some of them, as Ctrl-C would.
+struct Counting {
+    solved: std::sync::atomic::AtomicI64,
+    stop_after: i64,
+    halt: Arc<Halt>,
+}
+
+impl Counting {
+    fn new(stop_after: i64) -> Arc<Self> {
+        Arc::new(Self {
+            solved: 0.into(),
+            stop_after,
+            halt: Arc::default(),
+        })
+    }
+
+    fn solve(self: &Arc<Self>, job: &quantize::Job) -> Result<quantize::Summary> {
+        let observer: Arc<dyn Observer> = Arc::<Self>::clone(self);
+        resolve::solve(job, &observer, &self.halt)
+    }
+
+    fn solved(&self) -> i64 {
+        self.solved.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+impl Observer for Counting {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn linear(&self, _: &Row) {
+        if self.solved.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == self.stop_after {
+            self.halt.raise(quantflow::error::Error::Interrupted);
+        }
+    }
+}
+
+#[test]
+fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
+    const ALL: i64 = i64::MAX;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (a, b) = (
+        rows(folder.path(), "a.jsonl", 0..24),
+        rows(folder.path(), "b.jsonl", 24..40),
+    );
+    run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
+    let solve = |name: &str, down_bits: u32| quantize::Job {
+        model: fixture("model"),
+        output: at(name),
+        recipe: Recipe {
+            group_size: 64,
+            match_original: 0.0,
+            schemes: vec![Scheme {
+                targets: vec!["down_proj$".into()],
+                bits: Some(down_bits),
+                ..Scheme::default()
+            }],
+            ..Recipe::default()
+        },
+        calibration: Default::default(),
+        statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
+        workers: 2,
+        memory: None,
+        scratch: None,
+        shard_bytes_max: 400_000,
+        fresh: false,
+        arrival: None,
+    };
+    let fresh = |name: &str, bits: u32| {
+        let all = Counting::new(ALL);
+        let summary = all.solve(&solve(name, bits)).unwrap();
+        assert_eq!((all.solved(), summary.reused_linears), (35, 0));
+        summary.output_digest
+    };
+    let (four, three) = (fresh("out", 4), fresh("three", 3));
+    let report = |name: &str| {
+        let text = std::fs::read_to_string(at(name).join(quantize::REPORT)).unwrap();
+        let rows = text
+            .lines()
+            .map(|line| serde_json::from_str::<Row>(line).unwrap());
+        rows.map(|row| (row.name, row.scheme, row.relative_error))
+            .collect::<Vec<_>>()
+    };
+
+    // Broken off, the old output is whole; another command does not continue it; the same one does.
+    for linears in [0, 2] {
+        let stopped = Counting::new(linears);
+        assert!(stopped.solve(&solve("out", 3)).is_err());
+        assert!(verify(&at("out"), &fixture("model")).unwrap().problems.is_empty());
+    }
+    let other = Counting::new(ALL).solve(&solve("out", 8)).unwrap_err();
+    assert!(other.hint().unwrap().contains("--fresh"), "{other}");
+    let observer: Arc<dyn Observer> = Arc::new(Silent);
+    let refused = quantize(&solve("out", 3), &observer, &Arc::default()).unwrap_err();
+    assert!(refused.to_string().contains("finished"), "{refused}");
+    let rest = Counting::new(ALL);
+    let summary = rest.solve(&solve("out", 3)).unwrap();
+    assert_eq!(summary.reused_linears, 30);
+    assert!(
+        (1..5).contains(&rest.solved()) && summary.resumed_blocks > 0,
+        "{}",
+        rest.solved()
+    );
+    assert_eq!(summary.output_digest, three);
+    assert_eq!(report("out"), report("three"));
+    assert!(!at("out").join(".quantflow").exists());
+    assert!(verify(&at("out"), &fixture("model")).unwrap().problems.is_empty());
+
+    // Back again: only the five down_proj; and once more: none.
+    for solved in [5, 0] {
+        let back = Counting::new(ALL);
+        let summary = back.solve(&solve("out", 4)).unwrap();
+        assert_eq!(
+            (back.solved(), summary.reused_linears),
+            (solved, 35 - solved as usize)
+        );
+        assert_eq!(summary.output_digest, four);
+    }
+    // Other statistics change every site.
+    run(&job(Change::Add, &at("s"), &[&b])).unwrap();
+    let all = Counting::new(ALL);
+    all.solve(&solve("out", 4)).unwrap();
+    assert_eq!(all.solved(), 35);
 }
 
 /// Mean held-out error over the linears of an output's report.

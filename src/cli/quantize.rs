@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::families;
 use crate::operators::Halt;
 use crate::pipelines::quantize::{Job, Summary, independent, quantize};
+use crate::pipelines::resolve;
 use crate::recipe::Method;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -158,7 +159,7 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
         fresh: arguments.finish.fresh,
         arrival: None,
     };
-    let summary = quantize(&job, &progress::observer(!arguments.finish.json), halt)?;
+    let summary = resolve::solve(&job, &progress::observer(!arguments.finish.json), halt)?;
     tell(&job, &summary, &arguments.finish)
 }
 

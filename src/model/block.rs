@@ -4,78 +4,20 @@
 //! ```text
 //! residual ─enter─► [qkv] ─attend─► [o] ─join_attention─► residual ─mlp_input─► [gate_up] ─gate─► [down] ─join_mlp─► residual
 //! ```
+//! Latent attention ([`super::mla`]) has two sites more between `qkv` and `o`; a mixture of experts ([`super::mixture`]) has a `down` for
+//! each expert.
+//!
 //! Activations are `[tokens, width]` in f32; tokens are those of whole sequences of one length.
 
+use super::mixture::MixtureWeights;
 use super::ops;
 use super::rotary::Rotary;
+use super::sites::{LinearSpec, SiteKind};
 use super::spec::{BlockSpec, LayerSpec};
+use crate::error;
 use crate::numerics::attention::AttentionShape;
 use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-
-/// A distinct input of a block, named by the linears that it feeds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SiteKind {
-    /// Input of q, k and v: the normed residual.
-    Qkv,
-    /// Input of the attention's output projection.
-    O,
-    /// Input of gate and up: the normed residual.
-    GateUp,
-    /// Input of the MLP's down projection.
-    Down,
-}
-
-impl SiteKind {
-    /// In the order in which a block reaches them.
-    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
-}
-
-/// A linear of a block, by the name it has below `layers.{i}.`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinearSpec {
-    /// `self_attn.q_proj`, …
-    pub name: &'static str,
-    /// Output features.
-    pub rows: usize,
-    /// Input features.
-    pub columns: usize,
-}
-
-impl BlockSpec {
-    /// The linears that the input at `site` feeds.
-    pub fn linears(&self, site: SiteKind) -> Vec<LinearSpec> {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let linear = |name, rows, columns| LinearSpec { name, rows, columns };
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        match site {
-            SiteKind::Qkv if self.fused_qkv => vec![linear("self_attn.qkv_proj", q + 2 * kv, hidden)],
-            SiteKind::Qkv => vec![
-                linear("self_attn.q_proj", q, hidden),
-                linear("self_attn.k_proj", kv, hidden),
-                linear("self_attn.v_proj", kv, hidden),
-            ],
-            SiteKind::O => vec![linear("self_attn.o_proj", hidden, q)],
-            SiteKind::GateUp if self.fused_gate_up => vec![linear("mlp.gate_up_proj", 2 * inner, hidden)],
-            SiteKind::GateUp => vec![
-                linear("mlp.gate_proj", inner, hidden),
-                linear("mlp.up_proj", inner, hidden),
-            ],
-            SiteKind::Down => vec![linear("mlp.down_proj", hidden, inner)],
-        }
-    }
-
-    /// Width of the input at `site`.
-    pub fn site_width(&self, site: SiteKind) -> usize {
-        match site {
-            SiteKind::Qkv | SiteKind::GateUp => self.hidden_size,
-            SiteKind::O => self.heads * self.head_dim,
-            SiteKind::Down => self.intermediate_size,
-        }
-    }
-}
 
 /// Weight `[rows, columns]` in f32 and an optional bias `[rows]`.
 #[derive(Clone, Debug)]
@@ -108,6 +50,8 @@ pub struct Norms {
     pub outputs: Option<(Tensor, Tensor)>,
     /// On each query and key head.
     pub query_key: Option<(Tensor, Tensor)>,
+    /// On the queries' latent, where there is one, and on that of keys and values (latent attention).
+    pub latents: Option<(Option<Tensor>, Tensor)>,
 }
 
 /// A block without its linears: those are passed to each stage, original or quantized.
@@ -121,6 +65,10 @@ pub struct Block {
     pub rotary: Option<Arc<Rotary>>,
     /// Norm weights.
     pub norms: Norms,
+    /// One a head.
+    pub sinks: Option<Vec<f32>>,
+    /// The router and its like, where the MLP is a mixture.
+    pub mixture: Option<MixtureWeights>,
 }
 
 impl Block {
@@ -157,11 +105,12 @@ impl Block {
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             scale: spec.attention_scale,
             softcap: spec.attention_softcap,
             window: self.layer.window,
         };
-        ops::attention(&q, &k, &v, shape)
+        ops::attention(&q, &k, &v, self.sinks.as_deref(), shape)
     }
 
     /// Head norm and rotary embedding of `[tokens, heads * head_dim]`.
@@ -222,25 +171,47 @@ impl Block {
         let [linear] = linears else {
             candle_core::bail!("an output projection is one linear, not {}", linears.len());
         };
-        let mut y = linear.forward(x)?;
+        self.add(residual, linear.forward(x)?, norm)
+    }
+
+    fn add(&self, residual: &Tensor, mut y: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
         if let Some(weight) = norm {
             y = self.norm(&y, weight)?;
         }
         residual + y
     }
 
-    /// The whole block: `linears(site)` gives the linears of each site.
-    pub fn forward<'a>(
+    /// The whole block. `linear` is asked for each linear when it is needed, and what it gives is dropped after use: of a mixture's experts,
+    /// one is in memory at a time, and those without a token are not asked for.
+    ///
+    /// # Errors
+    /// Those of `linear`, and of tensor operations.
+    pub fn forward(
         &self,
         residual: &Tensor,
         length: usize,
-        linears: impl Fn(SiteKind) -> &'a [Linear],
-    ) -> Result<Tensor> {
+        linear: &dyn Fn(&LinearSpec) -> error::Result<Linear>,
+    ) -> error::Result<Tensor> {
+        let site = |kind: SiteKind| -> error::Result<Vec<Linear>> {
+            let specs = self.spec.linears(&self.layer, kind);
+            specs.iter().map(linear).collect()
+        };
         let x = self.enter(residual)?;
-        let x = self.attend(&x, linears(SiteKind::Qkv), length)?;
-        let residual = self.join_attention(residual, &x, linears(SiteKind::O))?;
+        let x = match self.spec.mla {
+            None => self.attend(&x, &site(SiteKind::Qkv)?, length)?,
+            Some(_) => {
+                let latents = self.compress(&x, &site(SiteKind::Qkv)?)?;
+                self.attend_latents(&latents, &site(SiteKind::QB)?, &site(SiteKind::KvB)?, length)?
+            }
+        };
+        let residual = self.join_attention(residual, &x, &site(SiteKind::O)?)?;
         let x = self.mlp_input(&residual)?;
-        let x = self.gate(&x, linears(SiteKind::GateUp))?;
-        self.join_mlp(&residual, &x, linears(SiteKind::Down))
+        if self.mixture.is_some() {
+            let y = self.mix(&x, linear)?;
+            let norm = self.norms.outputs.as_ref().map(|(_, mlp)| mlp);
+            return Ok(self.add(&residual, y, norm)?);
+        }
+        let x = self.gate(&x, &site(SiteKind::GateUp)?)?;
+        Ok(self.join_mlp(&residual, &x, &site(SiteKind::Down)?)?)
     }
 }

@@ -3,13 +3,18 @@
 
 pub mod block;
 pub mod families;
+mod fp8;
+pub mod mixture;
+pub mod mla;
 pub mod ops;
 mod rotary;
+pub mod sites;
 mod source;
 pub mod spec;
 mod tower;
 
-pub use block::{Block, Linear, LinearSpec, Norms, SiteKind};
+pub use block::{Block, Linear, Norms};
 pub use rotary::Rotary;
-pub use source::Source;
+pub use sites::{LinearSpec, SiteKind};
+pub use source::{LoadedBlock, Source};
 pub use tower::Tower;

@@ -3,8 +3,9 @@
 
 use super::spec::Activation;
 use crate::numerics::attention::{AttentionShape, attention as attention_kernel};
-use crate::numerics::elementwise::{gelu_tanh_gate, silu_gate};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use crate::numerics::elementwise::{clamped_swiglu_gate, gelu_tanh_gate, silu_gate};
+use crate::numerics::routing::add_gated_rows as add_gated_rows_kernel;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
 /// `activation(gate) * up`, both `[tokens, width]` f32.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
@@ -12,8 +13,19 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
 }
 
 /// Causal attention: see [`crate::numerics::attention`].
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, v, &Attention(shape))
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    sinks: Option<&[f32]>,
+    shape: AttentionShape,
+) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, v, &Attention(shape, sinks))
+}
+
+/// `out[tokens[i]] += gates[i] * rows[i]`, in place: `out` is `[tokens, width]`, `rows` `[tokens.len(), width]`.
+pub fn add_gated_rows(out: &Tensor, rows: &Tensor, tokens: &[u32], gates: &[f32]) -> Result<()> {
+    out.inplace_op2(rows, &AddGatedRows { tokens, gates })
 }
 
 struct Gated(Activation);
@@ -35,14 +47,15 @@ impl CustomOp2 for Gated {
         match self.0 {
             Activation::Silu => silu_gate(&mut gate, up),
             Activation::GeluTanh => gelu_tanh_gate(&mut gate, up),
+            Activation::ClampedSwiglu { alpha, limit } => clamped_swiglu_gate(&mut gate, up, alpha, limit),
         }
         Ok((CpuStorage::F32(gate), l1.shape().clone()))
     }
 }
 
-struct Attention(AttentionShape);
+struct Attention<'a>(AttentionShape, Option<&'a [f32]>);
 
-impl CustomOp3 for Attention {
+impl CustomOp3 for Attention<'_> {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -57,8 +70,33 @@ impl CustomOp3 for Attention {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (q, k, v) = (contiguous(s1, l1)?, contiguous(s2, l2)?, contiguous(s3, l3)?);
-        let out = attention_kernel(q, k, v, self.0);
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        let out = attention_kernel(q, k, v, self.1, self.0);
+        let width = self.0.heads * self.0.value_dim;
+        let shape = (out.len() / width, width).into();
+        Ok((CpuStorage::F32(out), shape))
+    }
+}
+
+struct AddGatedRows<'a> {
+    tokens: &'a [u32],
+    gates: &'a [f32],
+}
+
+impl InplaceOp2 for AddGatedRows<'_> {
+    fn name(&self) -> &'static str {
+        "add_gated_rows"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let rows = contiguous(s2, l2)?;
+        let (_, width) = l1.shape().dims2()?;
+        match (s1, l1.contiguous_offsets()) {
+            (CpuStorage::F32(out), Some((begin, end))) => {
+                add_gated_rows_kernel(&mut out[begin..end], rows, self.tokens, self.gates, width);
+                Ok(())
+            }
+            _ => candle_core::bail!("this operation needs contiguous f32 tensors"),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Rotary tables and their application ("rotate half" layout).
+//! Rotary tables and their application.
 
 use super::spec::RopeSpec;
 use candle_core::{D, Device, Result, Tensor};
@@ -9,6 +9,7 @@ pub struct Rotary {
     cos: Tensor,
     sin: Tensor,
     rotary_dim: usize,
+    interleaved: bool,
 }
 
 impl Rotary {
@@ -26,13 +27,21 @@ impl Rotary {
             cos: table(f32::cos)?,
             sin: table(f32::sin)?,
             rotary_dim: spec.rotary_dim,
+            interleaved: spec.interleaved,
         })
     }
 
-    /// Rotates `[sequences, length, heads, head_dim]`.
+    /// Rotates `[sequences, length, heads, head_dim]`. Interleaved pairs fill the whole head.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, length, _, head_dim) = x.dims4()?;
+        let (sequences, length, heads, head_dim) = x.dims4()?;
         let (cos, sin) = (self.cos.narrow(0, 0, length)?, self.sin.narrow(0, 0, length)?);
+        if self.interleaved {
+            // To the other layout: [.., pairs, 2] → [.., 2, pairs].
+            let pairs = x.reshape((sequences, length, heads, head_dim / 2, 2))?;
+            let halves = pairs.transpose(3, 4)?.contiguous()?;
+            let halves = halves.reshape((sequences, length, heads, head_dim))?;
+            return candle_nn::rotary_emb::rope_thd(&halves, &cos, &sin);
+        }
         if self.rotary_dim == head_dim {
             return candle_nn::rotary_emb::rope_thd(x, &cos, &sin);
         }

@@ -1,12 +1,27 @@
 //! The linears of any checkpoint that can be read: plain, or in one of the formats that are written here.
 
-use super::block::{Linear, SiteKind};
+use super::block::{Block, Linear};
+use super::fp8;
+use super::rotary::Rotary;
+use super::sites::{LinearSpec, SiteKind};
 use super::tower::Tower;
 use crate::error::Result;
 use crate::formats::{self, Format};
 use crate::numerics::QuantizedWeight;
-use candle_core::Device;
+use candle_core::{Device, Tensor};
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
+
+/// A block with its linears, dequantized, in f32; a mixture's routed experts are not among them.
+#[derive(Debug)]
+pub struct LoadedBlock {
+    /// Norms, routers and options.
+    pub block: Block,
+    index: usize,
+    linears: HashMap<Cow<'static, str>, Linear>,
+}
 
 /// A checkpoint whose linears may be quantized.
 pub struct Source {
@@ -24,6 +39,8 @@ impl Source {
         let tower = Tower::open(folder, device)?;
         let config = tower.checkpoint.config().get("quantization_config").cloned();
         let quantized = match config {
+            // Widened as they are read.
+            Some(config) if fp8::is_fp8(&config) => None,
             Some(config) => Some((formats::detect(&config)?, config)),
             None => None,
         };
@@ -49,26 +66,53 @@ impl Source {
         format.unpack(name, config, &read).map(Some)
     }
 
-    /// The linears of a site, dequantized, in f32.
-    pub fn linears(&self, block: usize, site: SiteKind) -> Result<Vec<Linear>> {
+    /// A linear, dequantized, in f32.
+    ///
+    /// # Errors
+    /// It is missing, misshapen or cannot be unpacked.
+    pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
         let tower = &self.tower;
-        let specs = tower.spec.block.linears(site);
-        specs
-            .iter()
-            .map(
-                |spec| match self.quantized_weight(&tower.linear_name(block, spec))? {
-                    None => tower.linear(block, spec),
-                    Some(weight) => tower.quantized_linear(block, spec, &weight),
-                },
-            )
-            .collect()
+        if tower.has_plain(block, linear) {
+            return tower.linear(block, linear);
+        }
+        match self.quantized_weight(&tower.linear_name(block, linear))? {
+            None => tower.linear(block, linear),
+            Some(weight) => tower.quantized_linear(block, linear, &weight),
+        }
     }
 
-    /// The linears of every site of a block, in the order of [`SiteKind::ALL`].
-    pub fn block_linears(&self, block: usize) -> Result<Vec<Vec<Linear>>> {
-        SiteKind::ALL
-            .iter()
-            .map(|&site| self.linears(block, site))
-            .collect()
+    /// A block with all of its linears but routed experts.
+    ///
+    /// # Errors
+    /// As [`Self::linear`].
+    pub fn load_block(&self, index: usize, rotary: &[Arc<Rotary>]) -> Result<LoadedBlock> {
+        let spec = &self.tower.spec;
+        let mut linears = HashMap::new();
+        for site in spec.sites(index) {
+            if matches!(site, SiteKind::ExpertDown(_)) {
+                continue;
+            }
+            // Only routed experts have a place in a tensor of all experts.
+            for linear in spec.linears(index, site).iter().filter(|l| l.fused.is_none()) {
+                linears.insert(linear.name.clone(), self.linear(index, linear)?);
+            }
+        }
+        Ok(LoadedBlock {
+            block: self.tower.block(index, rotary)?,
+            index,
+            linears,
+        })
+    }
+
+    /// The block's output for `residual`, `[tokens, hidden]`, of sequences of `length` tokens. Routed experts are read one at a time.
+    ///
+    /// # Errors
+    /// As [`Self::linear`].
+    pub fn forward(&self, loaded: &LoadedBlock, residual: &Tensor, length: usize) -> Result<Tensor> {
+        let linear = |spec: &LinearSpec| match loaded.linears.get(&spec.name) {
+            Some(linear) => Ok(linear.clone()),
+            None => self.linear(loaded.index, spec),
+        };
+        loaded.block.forward(residual, length, &linear)
     }
 }

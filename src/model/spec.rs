@@ -1,6 +1,9 @@
 //! One description of a decoder for all supported families: pure data, read from `config.json` by
 //! [`super::families`]. The forward pass ([`super::block`]) reads this and nothing else of the config.
 
+use super::sites::{LinearSpec, SiteKind};
+use crate::numerics::routing::RoutingRule;
+
 /// The text tower of a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -26,6 +29,23 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
 }
 
+impl ModelSpec {
+    /// Whether every block has grouped-query attention and one MLP: the sites of [`SiteKind::DENSE`].
+    pub fn is_dense(&self) -> bool {
+        self.block.mla.is_none() && !self.layers.iter().any(|layer| layer.mixture)
+    }
+
+    /// The sites of a block: see [`BlockSpec::sites`].
+    pub fn sites(&self, block: usize) -> Vec<SiteKind> {
+        self.block.sites(&self.layers[block])
+    }
+
+    /// The linears of a site: see [`BlockSpec::linears`].
+    pub fn linears(&self, block: usize, site: SiteKind) -> Vec<LinearSpec> {
+        self.block.linears(&self.layers[block], site)
+    }
+}
+
 /// Names of the text tower in a checkpoint: `{tower}embed_tokens.weight`, `{tower}layers.{i}.…`, `{tower}norm.weight`, `{head}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TowerNames {
@@ -46,8 +66,14 @@ pub struct BlockSpec {
     pub kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
-    /// Inner width of the MLP.
+    /// Multi-head latent attention. Then `kv_heads` is `heads`, and `head_dim` the width of a query and key head.
+    pub mla: Option<MlaSpec>,
+    /// Each head has a sink, `self_attn.sinks`: a key without a value (gpt-oss).
+    pub sinks: bool,
+    /// Inner width of the MLP, in the layers that are not mixtures.
     pub intermediate_size: usize,
+    /// Mixture of experts of the layers that have one ([`LayerSpec::mixture`]).
+    pub mixture: Option<MixtureSpec>,
     /// Nonlinearity of the gate.
     pub activation: Activation,
     /// Root-mean-square norms.
@@ -76,15 +102,91 @@ pub struct LayerSpec {
     pub rope: Option<usize>,
     /// Sliding window: a query sees itself and the `window - 1` tokens before it.
     pub window: Option<usize>,
+    /// Whether the MLP is [`BlockSpec::mixture`].
+    pub mixture: bool,
+}
+
+/// Multi-head latent attention (DeepSeek-V2 and V3): keys and values, and mostly queries, come from narrow latents.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MlaSpec {
+    /// Width of the queries' latent; `None` where queries come straight from the residual (`q_proj`).
+    pub q_lora_rank: Option<usize>,
+    /// Width of the latent of keys and values.
+    pub kv_lora_rank: usize,
+    /// Channels of a query or key head without positions; they come first.
+    pub qk_nope_head_dim: usize,
+    /// Channels of a query or key head that rotate; all heads share the key's.
+    pub qk_rope_head_dim: usize,
+    /// Width of a value head.
+    pub v_head_dim: usize,
+    /// Added under the root in the latents' norms. Not the config's `rms_norm_eps`.
+    pub norm_eps: f32,
+}
+
+/// A mixture of experts: each expert is a gated MLP, and a router sends each token to some of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MixtureSpec {
+    /// Experts, experts per token, scores, normalization, scaling and group limits.
+    pub routing: RoutingRule,
+    /// Inner width of a routed expert.
+    pub intermediate_size: usize,
+    /// The expert of all tokens.
+    pub shared: Option<SharedExpertSpec>,
+    /// The router has `e_score_correction_bias`: one number an expert, for the choice and not for the gates (DeepSeek-V3).
+    pub correction_bias: bool,
+    /// The router's linear has a bias (gpt-oss).
+    pub router_bias: bool,
+    /// Names below `layers.{i}.`, most usual first: the first whose router exists is used. An opened tower keeps that one.
+    pub names: Vec<MixtureNames>,
+}
+
+/// An MLP that sees every token, beside the routed experts. Several shared experts are stored as one wide one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedExpertSpec {
+    /// Inner width.
+    pub intermediate_size: usize,
+    /// Its output is multiplied by the sigmoid of a linear of its own, `{shared}_gate` (Qwen2-MoE).
+    pub gated: bool,
+}
+
+/// Names of a mixture's modules below `layers.{i}.`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MixtureNames {
+    /// `mlp.gate`
+    pub router: &'static str,
+    /// `mlp.experts`: separate experts are `{experts}.{e}.{projection}`.
+    pub experts: &'static str,
+    /// Gate, up and down of an expert.
+    pub projections: [&'static str; 3],
+    /// `mlp.shared_expert`
+    pub shared: &'static str,
+    /// How `{experts}.gate_up_proj` and `{experts}.down_proj` hold all experts where there are no separate ones.
+    pub fused: FusedLayout,
+}
+
+/// Layout of tensors that hold all experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FusedLayout {
+    /// `[experts, in, out]` rather than `[experts, out, in]`. The other one is read, too, where the shape tells them apart.
+    pub input_first: bool,
+    /// Rows of gate and up take turns, rather than gate standing before up.
+    pub interleaved: bool,
 }
 
 /// Nonlinearity of a gated MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// x * sigmoid(x)
     Silu,
     /// The tanh approximation of GELU.
     GeluTanh,
+    /// g * sigmoid(alpha * g) * (u + 1), where the gate g is at most `limit` and u is clamped to ±`limit` (gpt-oss).
+    ClampedSwiglu {
+        /// Factor in the sigmoid.
+        alpha: f32,
+        /// Bound.
+        limit: f32,
+    },
 }
 
 /// RMS norm: x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight).
@@ -96,7 +198,7 @@ pub struct NormSpec {
     pub unit_offset: bool,
 }
 
-/// One rotary table, "rotate half" layout: pairs are (i, i + rotary_dim / 2).
+/// One rotary table. Pairs are (i, i + rotary_dim / 2), the "rotate half" layout, or (2i, 2i + 1).
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
     /// Inverse frequencies, `rotary_dim / 2` of them, with every scaling (linear, llama3, yarn, longrope) applied.
@@ -105,4 +207,6 @@ pub struct RopeSpec {
     pub attention_factor: f32,
     /// Channels of a head that rotate, from the first; the rest pass through.
     pub rotary_dim: usize,
+    /// Pairs are (2i, 2i + 1). Rotation then leaves them in the other layout, which products of queries and keys do not see.
+    pub interleaved: bool,
 }

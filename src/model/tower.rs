@@ -1,10 +1,13 @@
 //! The text tower of a checkpoint: names and weights of embedding, blocks and head, read from the memory map a block at
 //! a time. What is outside the tower (vision tower, projector) is never touched.
 
-use super::block::{Block, Linear, LinearSpec, Norms, SiteKind};
+use super::block::{Block, Linear, Norms};
 use super::families;
+use super::fp8;
+use super::mixture::MixtureWeights;
 use super::rotary::Rotary;
-use super::spec::{BlockSpec, ModelSpec, TowerNames};
+use super::sites::{FusedSlice, LinearSpec};
+use super::spec::{BlockSpec, MixtureSpec, ModelSpec, TowerNames};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
 use crate::numerics::QuantizedWeight;
@@ -18,6 +21,11 @@ use std::sync::Arc;
 
 /// Bytes of the head, as stored, that are widened at a time.
 const HEAD_PANEL_BYTES: usize = 16 << 20;
+
+/// Attention sinks, below `layers.{i}.`.
+const SINKS: &str = "self_attn.sinks";
+/// A router's correction of scores, below its module.
+const CORRECTION: &str = "e_score_correction_bias";
 
 /// A checkpoint whose text tower is understood.
 #[derive(Debug)]
@@ -38,7 +46,7 @@ impl Tower {
     /// An unreadable checkpoint, an unsupported architecture, or a tower whose tensors are missing or misshapen.
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
-        let spec = families::parse(checkpoint.config())?;
+        let mut spec = families::parse(checkpoint.config())?;
         let embedding =
             |names: &&TowerNames| checkpoint.contains(&format!("{}embed_tokens.weight", names.tower));
         let names = spec.names.iter().find(embedding).cloned().ok_or_else(|| {
@@ -53,6 +61,7 @@ impl Tower {
                 "the checkpoint is incomplete, or its config.json describes another model",
             )
         })?;
+        choose_mixture_names(&mut spec, &names, &checkpoint);
         let tower = Self {
             block_spec: Arc::new(spec.block.clone()),
             checkpoint,
@@ -70,14 +79,30 @@ impl Tower {
         self.expect(&self.embedding_name(), &[self.spec.vocab_size, hidden])?;
         self.expect(&self.head_name(), &[self.spec.vocab_size, hidden])?;
         self.expect(&format!("{}norm.weight", self.names.tower), &[hidden])?;
+        let spec = &self.spec.block;
         for block in 0..self.blocks() {
-            for name in self.norm_names() {
-                let width = if name.starts_with("self_attn") {
-                    self.spec.block.head_dim
-                } else {
-                    hidden
-                };
-                self.expect(&format!("{}{name}", self.block_prefix(block)), &[width])?;
+            let expect = |name: &str, shape: &[usize]| {
+                self.expect(&format!("{}{name}", self.block_prefix(block)), shape)
+            };
+            for (name, width) in self.norm_names() {
+                expect(name, &[width])?;
+            }
+            if spec.sinks {
+                expect(SINKS, &[spec.heads])?;
+            }
+            let Some(mixture) = spec.mixture_of(&self.spec.layers[block]) else {
+                continue;
+            };
+            let (names, experts) = (&mixture.names[0], mixture.routing.experts);
+            expect(&format!("{}.weight", names.router), &[experts, hidden])?;
+            if mixture.router_bias {
+                expect(&format!("{}.bias", names.router), &[experts])?;
+            }
+            if mixture.correction_bias {
+                expect(&format!("{}.{CORRECTION}", names.router), &[experts])?;
+            }
+            if mixture.shared.is_some_and(|shared| shared.gated) {
+                expect(&format!("{}_gate.weight", names.shared), &[1, hidden])?;
             }
         }
         Ok(())
@@ -176,13 +201,18 @@ impl Tower {
         self.checkpoint.release(&self.embedding_name());
     }
 
-    /// A tensor in f32.
+    /// A tensor in f32. One in 8-bit floats is multiplied by its scales.
     pub fn load(&self, name: &str) -> Result<Tensor> {
-        let TensorView { dtype, shape, .. } = self.checkpoint.tensor(name)?;
-        let mut values = Vec::with_capacity(shape.iter().product());
+        let view = self.checkpoint.tensor(name)?;
+        if view.dtype == Dtype::F8_E4M3 {
+            let tensor = fp8::widen(&self.checkpoint, &view, &self.device)?;
+            self.checkpoint.release(name);
+            return Ok(tensor);
+        }
+        let mut values = Vec::with_capacity(view.shape.iter().product());
         self.checkpoint
-            .stream(name, |bytes| widen_onto(&mut values, name, dtype, bytes))?;
-        Ok(Tensor::from_vec(values, shape, &self.device)?)
+            .stream(name, |bytes| widen_onto(&mut values, name, view.dtype, bytes))?;
+        Ok(Tensor::from_vec(values, view.shape, &self.device)?)
     }
 
     /// A vector in f32 that every norm of the family means by this tensor.
@@ -195,16 +225,32 @@ impl Tower {
         }
     }
 
-    fn norm_names(&self) -> Vec<&'static str> {
-        let mut names = vec!["input_layernorm.weight", "post_attention_layernorm.weight"];
-        if self.spec.block.sandwich_norms {
+    /// Names below `layers.{i}.` and widths.
+    fn norm_names(&self) -> Vec<(&'static str, usize)> {
+        let spec = &self.spec.block;
+        let hidden = spec.hidden_size;
+        let mut names = vec![
+            ("input_layernorm.weight", hidden),
+            ("post_attention_layernorm.weight", hidden),
+        ];
+        if spec.sandwich_norms {
             names.extend([
-                "pre_feedforward_layernorm.weight",
-                "post_feedforward_layernorm.weight",
+                ("pre_feedforward_layernorm.weight", hidden),
+                ("post_feedforward_layernorm.weight", hidden),
             ]);
         }
-        if self.spec.block.qk_norm {
-            names.extend(["self_attn.q_norm.weight", "self_attn.k_norm.weight"]);
+        if spec.qk_norm {
+            names.extend([
+                ("self_attn.q_norm.weight", spec.head_dim),
+                ("self_attn.k_norm.weight", spec.head_dim),
+            ]);
+        }
+        if let Some(mla) = &spec.mla {
+            names.extend(
+                mla.q_lora_rank
+                    .map(|rank| ("self_attn.q_a_layernorm.weight", rank)),
+            );
+            names.push(("self_attn.kv_a_layernorm.weight", mla.kv_lora_rank));
         }
         names
     }
@@ -252,6 +298,16 @@ impl Tower {
         } else {
             "post_attention_layernorm"
         };
+        let latents = match &spec.mla {
+            None => None,
+            Some(mla) => Some((
+                mla.q_lora_rank
+                    .map(|_| norm("self_attn.q_a_layernorm"))
+                    .transpose()?,
+                norm("self_attn.kv_a_layernorm")?,
+            )),
+        };
+        let layer = self.spec.layers[block];
         Ok(Block {
             norms: Norms {
                 input: norm("input_layernorm")?,
@@ -262,31 +318,135 @@ impl Tower {
                     "post_feedforward_layernorm",
                 )?,
                 query_key: pair(spec.qk_norm, "self_attn.q_norm", "self_attn.k_norm")?,
+                latents,
             },
             spec: Arc::clone(&self.block_spec),
-            layer: self.spec.layers[block],
-            rotary: self.spec.layers[block]
-                .rope
-                .map(|index| Arc::clone(&rotary[index])),
+            layer,
+            rotary: layer.rope.map(|index| Arc::clone(&rotary[index])),
+            sinks: match spec.sinks {
+                true => Some(self.load_values(&format!("{}{SINKS}", self.block_prefix(block)))?),
+                false => None,
+            },
+            mixture: spec
+                .mixture_of(&layer)
+                .map(|mixture| self.mixture(block, mixture))
+                .transpose()?,
         })
+    }
+
+    fn load_values(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.load(name)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// Router and its like.
+    fn mixture(&self, block: usize, mixture: &MixtureSpec) -> Result<MixtureWeights> {
+        let names = &mixture.names[0];
+        let at = |name: &str| format!("{}{name}", self.block_prefix(block));
+        let load = |wanted: bool, name: String| wanted.then(|| self.load(&name)).transpose();
+        let router = at(names.router);
+        let gated = mixture.shared.is_some_and(|shared| shared.gated);
+        let shared_gate = load(gated, at(&format!("{}_gate.weight", names.shared)))?;
+        Ok(MixtureWeights {
+            router: Linear {
+                weight: self.load(&format!("{router}.weight"))?,
+                bias: load(mixture.router_bias, format!("{router}.bias"))?,
+            },
+            correction: mixture
+                .correction_bias
+                .then(|| self.load_values(&format!("{router}.{CORRECTION}")))
+                .transpose()?,
+            shared_gate: shared_gate.map(|weight| Linear { weight, bias: None }),
+        })
+    }
+
+    /// The tensor of all experts that holds this linear, by its full name, where there is one and no tensor of the linear's own.
+    pub fn fused_name(&self, block: usize, linear: &LinearSpec) -> Option<String> {
+        let slice = linear.fused.as_ref()?;
+        let own = format!("{}.weight", self.linear_name(block, linear));
+        let name = format!("{}{}", self.block_prefix(block), slice.tensor);
+        (!self.checkpoint.contains(&own) && self.checkpoint.contains(&name)).then_some(name)
+    }
+
+    /// Whether the linear's weight is there unquantized, by itself or among all experts.
+    pub fn has_plain(&self, block: usize, linear: &LinearSpec) -> bool {
+        self.checkpoint
+            .contains(&format!("{}.weight", self.linear_name(block, linear)))
+            || self.fused_name(block, linear).is_some()
     }
 
     /// The bias of a linear, if it has one.
     pub fn bias(&self, block: usize, linear: &LinearSpec) -> Result<Option<Tensor>> {
         let name = format!("{}.bias", self.linear_name(block, linear));
+        if self.checkpoint.contains(&name) {
+            self.expect(&name, &[linear.rows])?;
+            return self.load(&name).map(Some);
+        }
+        let Some(slice) = &linear.fused else {
+            return Ok(None);
+        };
+        let name = format!("{}{}_bias", self.block_prefix(block), slice.tensor);
         if !self.checkpoint.contains(&name) {
             return Ok(None);
         }
-        self.expect(&name, &[linear.rows])?;
-        self.load(&name).map(Some)
+        let rows = linear.rows * slice.parts;
+        self.expect(&name, &[slice.experts, rows])?;
+        let all = self.expert(&name, slice, &[rows, 1])?;
+        Ok(Some(part(&all, linear.rows, slice)?.flatten_all()?))
+    }
+
+    /// One expert's share of a tensor of all experts, which is `[experts, ..]`, in f32 and in `shape`.
+    fn expert(&self, name: &str, slice: &FusedSlice, shape: &[usize]) -> Result<Tensor> {
+        let all = self.checkpoint.tensor(name)?;
+        let bytes = all.bytes.len() / slice.experts;
+        let view = TensorView {
+            bytes: &all.bytes[slice.expert * bytes..][..bytes],
+            shape,
+            ..all
+        };
+        let tensor = widen(&view, &self.device)?;
+        self.checkpoint.release(name);
+        Ok(tensor)
+    }
+
+    /// A linear out of a tensor of all experts.
+    fn fused_linear(&self, name: &str, linear: &LinearSpec, slice: &FusedSlice) -> Result<Tensor> {
+        let (rows, columns) = (linear.rows * slice.parts, linear.columns);
+        let found = self.checkpoint.tensor(name)?.shape;
+        let layouts = [[slice.experts, columns, rows], [slice.experts, rows, columns]];
+        let input_first = match layouts.map(|shape| found == shape) {
+            [true, true] => slice.layout.input_first,
+            [true, false] => true,
+            [false, true] => false,
+            [false, false] => {
+                return Err(Error::invalid(
+                    name,
+                    format!(
+                        "has shape {found:?}, config.json asks for {:?} or {:?}",
+                        layouts[0], layouts[1]
+                    ),
+                    "config.json and weights are of different models",
+                ));
+            }
+        };
+        let all = match input_first {
+            true => self.expert(name, slice, &[columns, rows])?.t()?,
+            false => self.expert(name, slice, &[rows, columns])?,
+        };
+        Ok(part(&all, linear.rows, slice)?)
     }
 
     /// An unquantized linear, in f32.
     pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
-        let name = format!("{}.weight", self.linear_name(block, linear));
-        self.expect(&name, &[linear.rows, linear.columns])?;
+        let weight = match (&linear.fused, self.fused_name(block, linear)) {
+            (Some(slice), Some(name)) => self.fused_linear(&name, linear, slice)?,
+            _ => {
+                let name = format!("{}.weight", self.linear_name(block, linear));
+                self.expect(&name, &[linear.rows, linear.columns])?;
+                self.load(&name)?
+            }
+        };
         Ok(Linear {
-            weight: self.load(&name)?,
+            weight,
             bias: self.bias(block, linear)?,
         })
     }
@@ -316,12 +476,6 @@ impl Tower {
             weight: Tensor::from_vec(weight.dequantize(), shape, &self.device)?,
             bias: self.bias(block, linear)?,
         })
-    }
-
-    /// The unquantized linears of a site, in f32.
-    pub fn linears(&self, block: usize, site: SiteKind) -> Result<Vec<Linear>> {
-        let linears = self.spec.block.linears(site);
-        linears.iter().map(|linear| self.linear(block, linear)).collect()
     }
 
     /// The final norm of `residual`, the last block's output: `[tokens, hidden]`.
@@ -358,6 +512,30 @@ impl Tower {
             Some(cap) => Ok(((logits / f64::from(cap))?.tanh()? * f64::from(cap))?),
             None => Ok(logits),
         }
+    }
+}
+
+/// The rows of one of the linears that a tensor `[rows * parts, columns]` joins.
+fn part(all: &Tensor, rows: usize, slice: &FusedSlice) -> candle_core::Result<Tensor> {
+    if slice.layout.interleaved && slice.parts > 1 {
+        let (_, columns) = all.dims2()?;
+        let turns = all.contiguous()?.reshape((rows, slice.parts, columns))?;
+        return turns.narrow(1, slice.part, 1)?.squeeze(1)?.contiguous();
+    }
+    all.narrow(0, slice.part * rows, rows)?.contiguous()
+}
+
+/// Keeps the first names of the mixture whose router is there, or the most usual ones, which an error will then name.
+fn choose_mixture_names(spec: &mut ModelSpec, tower: &TowerNames, checkpoint: &Checkpoint) {
+    let Some(first) = spec.layers.iter().position(|layer| layer.mixture) else {
+        return;
+    };
+    if let Some(mixture) = &mut spec.block.mixture {
+        let router = |router: &str| format!("{}layers.{first}.{router}.weight", tower.tower);
+        let exists = |position: &usize| checkpoint.contains(&router(mixture.names[*position].router));
+        let chosen = (0..mixture.names.len()).find(exists).unwrap_or(0);
+        mixture.names.swap(0, chosen);
+        mixture.names.truncate(1);
     }
 }
 

@@ -15,8 +15,10 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a query or key head.
     pub head_dim: usize,
+    /// Width of a value head, and of the output's.
+    pub value_dim: usize,
     /// Factor on q·k.
     pub scale: f32,
     /// scores = cap * tanh(scores / cap)
@@ -27,27 +29,32 @@ pub struct AttentionShape {
 
 /// softmax(q kᵀ · scale) v, causal within each sequence.
 ///
-/// `q` is `[tokens, heads * head_dim]`, `k` and `v` are `[tokens, kv_heads * head_dim]`, row-major; the result has q's shape.
+/// `q` is `[tokens, heads * head_dim]`, `k` is `[tokens, kv_heads * head_dim]`, `v` is `[tokens, kv_heads * value_dim]`, row-major; the
+/// result is `[tokens, heads * value_dim]`. `sinks`, one a head, take part in the softmax as a key without a value (gpt-oss).
 ///
 /// # Panics
 /// The slices do not have these shapes.
-pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<f32> {
+pub fn attention(q: &[f32], k: &[f32], v: &[f32], sinks: Option<&[f32]>, shape: AttentionShape) -> Vec<f32> {
     let AttentionShape {
         length,
         heads,
         kv_heads,
         head_dim,
+        value_dim,
         ..
     } = shape;
-    let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+    let (q_width, k_width) = (heads * head_dim, kv_heads * head_dim);
+    let (v_width, out_width) = (kv_heads * value_dim, heads * value_dim);
     let tokens = q.len() / q_width;
     assert!(tokens.is_multiple_of(length) && heads.is_multiple_of(kv_heads));
-    assert!(q.len() == tokens * q_width && k.len() == tokens * kv_width && v.len() == k.len());
-    let mut out = vec![0f32; q.len()];
+    assert!(q.len() == tokens * q_width && k.len() == tokens * k_width && v.len() == tokens * v_width);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == heads));
+    let mut out = vec![0f32; tokens * out_width];
     let mut scores = vec![0f32; QUERY_BLOCK.min(length) * length];
     for first in (0..tokens).step_by(length) {
         for head in 0..heads {
-            let kv_column = head / (heads / kv_heads) * head_dim;
+            let kv_head = head / (heads / kv_heads);
+            let sink = sinks.map(|sinks| sinks[head]);
             for begin in (0..length).step_by(QUERY_BLOCK) {
                 let rows = QUERY_BLOCK.min(length - begin);
                 let low = shape
@@ -55,12 +62,12 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<
                     .map_or(0, |window| (begin + 1).saturating_sub(window));
                 let keys = begin + rows - low;
                 let at = (first + begin) * q_width + head * head_dim;
-                let kv_at = (first + low) * kv_width + kv_column;
+                let k_at = (first + low) * k_width + kv_head * head_dim;
                 product(
                     ViewMut::rows(&mut scores, rows, keys, keys),
                     0.0,
                     View::rows(&q[at..], rows, head_dim, q_width),
-                    View::rows(&k[kv_at..], keys, head_dim, kv_width).transposed(),
+                    View::rows(&k[k_at..], keys, head_dim, k_width).transposed(),
                     1.0,
                 );
                 for (i, row) in scores[..rows * keys].chunks_exact_mut(keys).enumerate() {
@@ -70,15 +77,17 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: AttentionShape) -> Vec<
                         .map_or(0, |window| (query + 1).saturating_sub(window))
                         - low;
                     let seen_to = query + 1 - low;
-                    softmax(&mut row[seen_from..seen_to], shape.scale, shape.softcap);
+                    softmax(&mut row[seen_from..seen_to], shape.scale, shape.softcap, sink);
                     row[..seen_from].fill(0.0);
                     row[seen_to..].fill(0.0);
                 }
+                let v_at = (first + low) * v_width + kv_head * value_dim;
+                let out_at = (first + begin) * out_width + head * value_dim;
                 product(
-                    ViewMut::rows(&mut out[at..], rows, head_dim, q_width),
+                    ViewMut::rows(&mut out[out_at..], rows, value_dim, out_width),
                     0.0,
                     View::rows(&scores, rows, keys, keys),
-                    View::rows(&v[kv_at..], keys, head_dim, kv_width),
+                    View::rows(&v[v_at..], keys, value_dim, v_width),
                     1.0,
                 );
             }
@@ -93,9 +102,10 @@ mod tests {
     use proptest::prelude::*;
 
     /// The definition, in f64.
-    fn reference(q: &[f32], k: &[f32], v: &[f32], s: AttentionShape) -> Vec<f64> {
+    fn reference(q: &[f32], k: &[f32], v: &[f32], sinks: Option<&[f32]>, s: AttentionShape) -> Vec<f64> {
         let (q_width, kv_width) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-        let mut out = vec![0.0; q.len()];
+        let (v_width, out_width) = (s.kv_heads * s.value_dim, s.heads * s.value_dim);
+        let mut out = vec![0.0; q.len() / q_width * out_width];
         for row in 0..q.len() / q_width {
             let (start, query) = (row / s.length * s.length, row % s.length);
             for h in 0..s.heads {
@@ -118,13 +128,14 @@ mod tests {
                             .exp()
                     })
                     .collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..s.head_dim {
-                    out[row * q_width + h * s.head_dim + d] = seen
+                let sink = sinks.map_or(0.0, |sinks| f64::from(sinks[h]).exp());
+                let total: f64 = weights.iter().sum::<f64>() + sink;
+                for d in 0..s.value_dim {
+                    out[row * out_width + h * s.value_dim + d] = seen
                         .iter()
                         .zip(&weights)
                         .map(|(key, w)| {
-                            w / total * f64::from(v[(start + key) * kv_width + kv * s.head_dim + d])
+                            w / total * f64::from(v[(start + key) * v_width + kv * s.value_dim + d])
                         })
                         .sum();
                 }
@@ -139,10 +150,11 @@ mod tests {
         fn matches_the_definition(
             length in 1usize..300, sequences in 1usize..3, kv_heads in 1usize..3, group in 1usize..3,
             window in proptest::option::of(1usize..200), cap in proptest::option::of(5f32..50.0), seed in 0u64..1000,
+            value_dim in 4usize..10, sunk in any::<bool>(),
         ) {
             let head_dim = 8;
             let shape = AttentionShape {
-                length, heads: kv_heads * group, kv_heads, head_dim, scale: 0.6, softcap: cap, window,
+                length, heads: kv_heads * group, kv_heads, head_dim, value_dim, scale: 0.6, softcap: cap, window,
             };
             let mut state = seed;
             let mut random = |n: usize| -> Vec<f32> {
@@ -152,9 +164,11 @@ mod tests {
                 }).collect()
             };
             let tokens = length * sequences;
-            let (q, k, v) = (random(tokens * shape.heads * 8), random(tokens * kv_heads * 8), random(tokens * kv_heads * 8));
-            let ours = attention(&q, &k, &v, shape);
-            for (a, b) in ours.iter().zip(reference(&q, &k, &v, shape)) {
+            let (q, k, v) = (random(tokens * shape.heads * 8), random(tokens * kv_heads * 8), random(tokens * kv_heads * value_dim));
+            let sinks = random(shape.heads);
+            let sinks = sunk.then_some(&sinks[..]);
+            let ours = attention(&q, &k, &v, sinks, shape);
+            for (a, b) in ours.iter().zip(reference(&q, &k, &v, sinks, shape)) {
                 prop_assert!((f64::from(*a) - b).abs() < 1e-5, "{a} != {b}");
             }
         }

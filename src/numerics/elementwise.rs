@@ -57,8 +57,24 @@ pub fn gelu_tanh_gate(gate: &mut [f32], up: &[f32]) {
     });
 }
 
-/// In place: `row = softmax(row)` after `row *= scale` and an optional soft cap.
-pub fn softmax(row: &mut [f32], scale: f32, softcap: Option<f32>) {
+/// `gate[i] = g * sigmoid(alpha * g) * (u + 1)` with g = min(gate\[i\], limit) and u = up\[i\] clamped to ±limit (gpt-oss).
+///
+/// # Panics
+/// The lengths differ.
+pub fn clamped_swiglu_gate(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
+    assert_eq!(gate.len(), up.len());
+    vectorized!({
+        for (g, &u) in gate.iter_mut().zip(up) {
+            let x = if *g > limit { limit } else { *g };
+            let u = u.clamp(-limit, limit);
+            *g = x / (1.0 + exp(-alpha * x)) * (u + 1.0);
+        }
+    });
+}
+
+/// In place: `row = softmax(row)` after `row *= scale` and an optional soft cap. A `sink` takes part as one more entry, which is not
+/// scaled and not returned: the row then sums to less than 1.
+pub fn softmax(row: &mut [f32], scale: f32, softcap: Option<f32>, sink: Option<f32>) {
     vectorized!({
         match softcap {
             None => row.iter_mut().for_each(|v| *v *= scale),
@@ -75,7 +91,9 @@ pub fn softmax(row: &mut [f32], scale: f32, softcap: Option<f32>) {
                 *lane = if v > *lane { v } else { *lane };
             }
         }
-        let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let max = lanes
+            .iter()
+            .fold(sink.unwrap_or(f32::NEG_INFINITY), |a, &b| a.max(b));
         for v in row.iter_mut() {
             *v = exp(*v - max);
         }
@@ -85,7 +103,8 @@ pub fn softmax(row: &mut [f32], scale: f32, softcap: Option<f32>) {
                 *sum += v;
             }
         }
-        let inverse = 1.0 / sums.iter().sum::<f32>();
+        let sink = sink.map_or(0.0, |sink| exp(sink - max));
+        let inverse = 1.0 / (sums.iter().sum::<f32>() + sink);
         row.iter_mut().for_each(|v| *v *= inverse);
     });
 }
@@ -135,5 +154,23 @@ mod tests {
         check(gelu_tanh_gate, |x| {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
         });
+    }
+
+    #[test]
+    fn clamped_swiglu_matches_f64() {
+        let (alpha, limit) = (1.702f32, 2.5f32);
+        let x: Vec<f32> = (-400..400).map(|i| i as f32 / 37.0).collect();
+        let up: Vec<f32> = x.iter().map(|v| 1.0 - v / 3.0).collect();
+        let mut ours = x.clone();
+        clamped_swiglu_gate(&mut ours, &up, alpha, limit);
+        for ((&x, &u), &o) in x.iter().zip(&up).zip(&ours) {
+            let g = f64::from(x).min(f64::from(limit));
+            let u = f64::from(u).clamp(-f64::from(limit), f64::from(limit));
+            let want = g / (1.0 + (-g * f64::from(alpha)).exp()) * (u + 1.0);
+            assert!(
+                (f64::from(o) - want).abs() < 2e-6 * want.abs().max(1.0),
+                "{x}: {o} != {want}"
+            );
+        }
     }
 }

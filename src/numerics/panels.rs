@@ -68,8 +68,12 @@ impl Panels {
     pub fn from_fn(width: usize, shape: Shape, value: impl Fn(usize, usize) -> f64) -> Self {
         let panel = |rows: Range<usize>| {
             let columns = shape.columns(&rows, width);
-            let elements = rows.flat_map(|row| columns.clone().map(move |column| (row, column)));
-            elements.map(|(row, column)| value(row, column)).collect()
+            // Grown step by step, it would leave holes behind.
+            let mut values = Vec::with_capacity(rows.len() * columns.len());
+            for row in rows {
+                values.extend(columns.clone().map(|column| value(row, column)));
+            }
+            values
         };
         Self::new(width, shape, panel_rows(width).map(panel).collect())
     }

@@ -5,7 +5,6 @@ use super::at_step_end;
 use super::local::Local;
 use super::records::{Committed, PackedLinear};
 use crate::ledger::Record;
-use crate::model::SiteKind;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -44,12 +43,11 @@ pub fn commit<'scope>(
             if !shared.pass.streams().contains(&Stream::Original) {
                 shared.stages.forget_original(step);
             }
-            let (block, site) = shared.plan.step(step);
-            if Some(&site) == SiteKind::ALL.last() {
+            if shared.plan.ends_block(step) {
                 shared.output.writer()?.sync()?;
                 let rows = std::mem::take(&mut rows);
                 shared.output.note(Record::Block {
-                    block: block as u64,
+                    block: shared.plan.step(step).0 as u64,
                     rows,
                 })?;
             }

@@ -6,7 +6,6 @@ use super::forward::advance;
 use super::local::Local;
 use super::records::Go;
 use crate::error::{Error, Result};
-use crate::model::SiteKind;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
@@ -63,7 +62,7 @@ fn start(local: &Local) -> Result<u64> {
         }
     }
     shared.tower.release_embedding();
-    let first = (done * SiteKind::ALL.len()) as u64;
+    let first = shared.plan.block_steps(done).start;
     for step in 0..first {
         for &position in own.iter().chain([&PROBE]) {
             if shared.halt.is_raised() {

@@ -60,9 +60,8 @@ pub fn forward<'scope>(
 fn prefetch(local: &Local, step: u64) {
     let shared = &local.shared;
     let (block, site) = shared.plan.step(step);
-    if site == SiteKind::Qkv && local.index == 0 && block + 1 < shared.plan.blocks() {
-        let sites = SiteKind::ALL.len() as u64;
-        for next in step + sites..step + 2 * sites {
+    if site == SiteKind::Qkv && local.index == 0 {
+        for next in shared.plan.block_steps(block + 1) {
             for linear in shared.plan.step_linears(next) {
                 shared
                     .tower
@@ -147,6 +146,9 @@ fn advance_stream(local: &Local, step: u64, position: usize, stream: Stream) -> 
             let x = layer.gate(&layer.mlp_input(&residual)?, &linears(step - 1)?)?;
             store.put(input_key, &x)?;
             x
+        }
+        SiteKind::QB | SiteKind::KvB | SiteKind::ExpertDown(_) => {
+            return Err(Error::Worker(format!("no sequential run reaches {site:?} yet")));
         }
     })
 }

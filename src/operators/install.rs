@@ -65,14 +65,12 @@ fn linears<'a>(
     step: u64,
     weights: impl Iterator<Item = Option<&'a QuantizedWeight>>,
 ) -> Result<Vec<Linear>> {
-    let (block, site) = shared.plan.step(step);
     let tower = &shared.tower;
-    let specs = tower.spec.block.linears(site);
-    let pairs = specs.iter().zip(weights);
+    let pairs = shared.plan.step_linears(step).iter().zip(weights);
     pairs
-        .map(|(spec, weight)| match weight {
-            None => tower.linear(block, spec),
-            Some(weight) => tower.quantized_linear(block, spec, weight),
+        .map(|(linear, weight)| match weight {
+            None => tower.linear(linear.block, &linear.spec),
+            Some(weight) => tower.quantized_linear(linear.block, &linear.spec, weight),
         })
         .collect()
 }

@@ -5,7 +5,6 @@ use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
 use crate::ledger::Record;
-use crate::model::SiteKind;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -34,7 +33,7 @@ pub fn keep<'scope>(
                 }
                 block_sums.push(sums);
             }
-            if Some(&site) == SiteKind::ALL.last() {
+            if shared.plan.ends_block(step) {
                 let file = artifact.write_block(block, &std::mem::take(&mut block_sums))?;
                 shared.output.note(Record::Statistics {
                     block: block as u64,

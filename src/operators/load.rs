@@ -4,7 +4,7 @@ use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
-use crate::statistics::SiteStatistics;
+use crate::statistics::{Exponents, SiteStatistics};
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -12,7 +12,7 @@ use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::Operator;
 
-/// Every worker is told of every step; its owner reads.
+/// Every worker is told of every step; its owner reads. Where nothing is to be solved, nothing is read: the sums are empty.
 pub fn load<'scope>(
     steps: StreamVec<'scope, u64, Go>,
     local: Rc<Local>,
@@ -37,6 +37,9 @@ pub fn load<'scope>(
 }
 
 fn read(local: &Local, artifact: &Artifact, step: u64) -> Result<SiteStatistics> {
+    if !local.shared.plan.is_active(step) {
+        return Ok(SiteStatistics::new(Exponents::from_values(Vec::new()), &[]));
+    }
     let (block, site) = local.shared.plan.step(step);
     let sums = artifact.site(block, site)?;
     let wanted = local

@@ -10,6 +10,7 @@ pub mod forward;
 pub mod groups;
 pub mod install;
 pub mod keep;
+pub mod kept;
 pub mod load;
 pub mod local;
 pub mod pack;

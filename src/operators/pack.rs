@@ -53,9 +53,11 @@ pub fn pack<'scope>(
     )
 }
 
-/// `None` for a linear that is left alone.
+/// `None` for a linear that is left alone, or kept.
 fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<(QuantizedWeight, Row)>> {
-    let Some(grid) = planned.grid else { return Ok(None) };
+    let Some(grid) = planned.to_solve() else {
+        return Ok(None);
+    };
     let groups = planned.columns / grid.group_size;
     let mut weight = QuantizedWeight {
         grid,

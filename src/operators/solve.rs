@@ -69,7 +69,7 @@ fn solve_chunk(
     let planned = &shared.plan.linears[linear];
     let first = chunk * CHUNK_ROWS;
     let rows = CHUNK_ROWS.min(planned.rows - first);
-    let solved = match planned.grid {
+    let solved = match planned.to_solve() {
         None => None,
         Some(grid) => {
             let originals = shared.stages.original(step, &shared.plan, &shared.tower)?;

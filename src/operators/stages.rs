@@ -64,8 +64,10 @@ impl Stages {
     /// The original linears of a step, in f32.
     pub fn original(&self, step: u64, plan: &Plan, tower: &Tower) -> Result<Arc<Vec<Linear>>> {
         self.original.get(step, STEPS_KEPT, || {
-            let (block, site) = plan.step(step);
-            tower.linears(block, site)
+            let linears = plan.step_linears(step).iter();
+            linears
+                .map(|linear| tower.linear(linear.block, &linear.spec))
+                .collect()
         })
     }
 

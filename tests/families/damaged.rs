@@ -6,6 +6,113 @@ use serde_json::json;
 
 /// Each is refused by an error that has these words.
 #[test]
+fn damaged_mixtures_are_refused_by_name() {
+    let cases = [
+        (
+            "mixtral",
+            json!({"num_local_experts": 0}),
+            "`num_local_experts` is 0",
+        ),
+        (
+            "mixtral",
+            json!({"num_local_experts": 1u64 << 40}),
+            "`num_local_experts`",
+        ),
+        (
+            "mixtral",
+            json!({"num_experts_per_tok": 0}),
+            "`num_experts_per_tok` is 0",
+        ),
+        (
+            "mixtral",
+            json!({"num_experts_per_tok": 7}),
+            "more than `num_local_experts` = 6",
+        ),
+        (
+            "qwen2_moe",
+            json!({"moe_intermediate_size": 0}),
+            "`moe_intermediate_size` is 0",
+        ),
+        (
+            "qwen2_moe",
+            json!({"shared_expert_intermediate_size": -1}),
+            "`shared_expert_intermediate_size`",
+        ),
+        ("qwen2_moe", json!({"mlp_only_layers": [-1]}), "`mlp_only_layers`"),
+        ("qwen2_moe", json!({"mlp_only_layers": 3}), "`mlp_only_layers`"),
+        (
+            "qwen3_moe",
+            json!({"decoder_sparse_step": 0}),
+            "`decoder_sparse_step` is 0",
+        ),
+        ("qwen3_moe", json!({"norm_topk_prob": "yes"}), "`norm_topk_prob`"),
+        (
+            "qwen3_vl_moe",
+            json!({"text_config": {"num_experts": 0}}),
+            "`text_config.num_experts` is 0",
+        ),
+        (
+            "deepseek_v2",
+            json!({"num_experts_per_tok": null}),
+            "`num_experts_per_tok` is missing",
+        ),
+        ("deepseek_v2", json!({"n_group": 3}), "`n_group` is 3"),
+        ("deepseek_v2", json!({"n_group": null}), "`n_group` is missing"),
+        ("deepseek_v2", json!({"topk_group": 1}), "`topk_group` is 1"),
+        ("deepseek_v2", json!({"topk_method": "noaux_tc"}), "`topk_method`"),
+        (
+            "deepseek_v2",
+            json!({"norm_topk_prob": true}),
+            "`norm_topk_prob` is true",
+        ),
+        ("deepseek_v2", json!({"moe_layer_freq": 2}), "`moe_layer_freq`"),
+        ("deepseek_v3", json!({"n_group": 8}), "groups of at least 2"),
+        ("deepseek_v3", json!({"topk_group": 5}), "`topk_group` is 5"),
+        (
+            "deepseek_v3",
+            json!({"scoring_func": "softmax"}),
+            "`scoring_func` is \"softmax\"",
+        ),
+        (
+            "deepseek_v3",
+            json!({"qk_rope_head_dim": 7}),
+            "`qk_rope_head_dim` is 7",
+        ),
+        ("deepseek_v3", json!({"v_head_dim": 0}), "`v_head_dim` is 0"),
+        ("deepseek_v3", json!({"kv_lora_rank": 0}), "`kv_lora_rank` is 0"),
+        (
+            "deepseek_v3",
+            json!({"num_key_value_heads": 2}),
+            "`num_key_value_heads` is 2",
+        ),
+        (
+            "deepseek_v3",
+            json!({"n_shared_experts": 4096, "moe_intermediate_size": 1 << 20}),
+            "`n_shared_experts`",
+        ),
+        (
+            "deepseek_v3",
+            json!({"rope_parameters": {"rope_type": "yarn", "mscale_all_dim": 1.0}}),
+            "`rope_parameters.factor` is missing",
+        ),
+        ("gpt_oss", json!({"swiglu_limit": 0.0}), "`swiglu_limit` is 0"),
+        (
+            "gpt_oss",
+            json!({"num_local_experts": "many"}),
+            "`num_local_experts`",
+        ),
+        ("gpt_oss", json!({"sliding_window": null}), "`sliding_window`"),
+    ];
+    for (name, changes, expected) in cases {
+        let message = changed(name, changes.clone())
+            .expect_err(&changes.to_string())
+            .to_string();
+        assert!(message.contains(expected), "{name} with {changes}: {message}");
+    }
+}
+
+/// Each is refused by an error that has these words.
+#[test]
 fn damaged_configs_are_refused_by_name() {
     let cases = [
         (
@@ -103,13 +210,13 @@ fn damaged_configs_are_refused_by_name() {
         ),
         (
             "llama",
-            json!({"architectures": ["MixtralForCausalLM"]}),
+            json!({"architectures": ["GPT2LMHeadModel"]}),
             "supported are LlamaForCausalLM",
         ),
         (
             "llama",
             json!({"architectures": ["Qwen2MoeForCausalLM"]}),
-            "is not supported",
+            "`model_type` is \"llama\"",
         ),
         (
             "llama",
@@ -185,8 +292,8 @@ fn damaged_configs_are_refused_by_name() {
         ),
         (
             "llava",
-            json!({"text_config": {"model_type": "mixtral"}}),
-            "`text_config.model_type` is \"mixtral\"",
+            json!({"text_config": {"model_type": "mamba"}}),
+            "`text_config.model_type` is \"mamba\"",
         ),
         (
             "llava",

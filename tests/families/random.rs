@@ -3,6 +3,7 @@
 use super::fixture;
 use proptest::prelude::*;
 use quantflow::model::families;
+use quantflow::numerics::routing::route;
 use serde_json::Value;
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -75,6 +76,28 @@ fn any_key() -> impl Strategy<Value = String> {
         "query_pre_attn_scalar",
         "attn_logit_softcapping",
         "final_logit_softcapping",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "n_shared_experts",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "norm_topk_prob",
+        "n_group",
+        "topk_group",
+        "topk_method",
+        "routed_scaling_factor",
+        "first_k_dense_replace",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "rope_interleave",
+        "swiglu_limit",
         "tie_word_embeddings",
         "vocab_size",
         "dtype",
@@ -98,6 +121,7 @@ proptest! {
     fn replaced_keys_are_parsed_or_refused(
         name in proptest::sample::select(vec![
             "llama", "llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_vl", "qwen3_vl", "llava", "gemma3",
+            "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "gpt_oss",
         ]),
         deep in any::<bool>(),
         changes in proptest::collection::vec((any_key(), any_json()), 1..5),
@@ -116,6 +140,20 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.vocab_size > 0 && b.intermediate_size > 0);
             prop_assert!(b.attention_scale.is_finite() && b.norm.eps > 0.0);
             prop_assert!(spec.layers.iter().all(|l| l.window != Some(0) && l.rope.is_none_or(|r| r < b.ropes.len())));
+            prop_assert!(spec.layers.iter().all(|l| !l.mixture || b.mixture.is_some()));
+            if let Some(mixture) = &b.mixture {
+                let rule = mixture.routing;
+                prop_assert!(rule.experts_per_token >= 1 && rule.experts_per_token <= rule.experts);
+                prop_assert!(mixture.intermediate_size > 0 && !mixture.names.is_empty() && rule.scale.is_finite());
+                // The kernel panics where a rule does not hold.
+                let routing = route(&vec![0.5; 2 * rule.experts], None, rule);
+                prop_assert!(routing.gates.iter().all(|gate| gate.is_finite()));
+            }
+            for layer in &spec.layers[..1] {
+                for site in b.sites(layer) {
+                    prop_assert!(b.linears(layer, site).iter().all(|l| l.rows > 0 && l.columns == b.site_width(layer, site)));
+                }
+            }
             for rope in &b.ropes {
                 prop_assert!(rope.rotary_dim <= b.head_dim && rope.inverse_frequencies.len() * 2 == rope.rotary_dim);
                 prop_assert!(rope.inverse_frequencies.iter().all(|f| f.is_finite() && *f > 0.0));

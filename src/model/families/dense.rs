@@ -54,13 +54,32 @@ impl Dense {
     }
 }
 
-/// Reads and checks the dimensions.
+/// Reads and checks the dimensions of a family without mixtures.
 pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
+    refuse_experts(keys)?;
+    dimensions(keys, defaults)
+}
+
+fn refuse_experts(keys: &Keys) -> Result<()> {
     for key in EXPERT_KEYS {
         if keys.some(key).is_some_and(|v| !matches!(v.as_u64(), Some(0 | 1))) {
-            return Err(keys.error(key, "belongs to a mixture of experts, which is not supported"));
+            return Err(keys.error(
+                key,
+                "belongs to a mixture of experts, which this architecture does not have",
+            ));
         }
     }
+    Ok(())
+}
+
+/// Reads and checks the dimensions; no layer is a mixture.
+pub(super) fn dimensions(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
+    let head_dim = keys.size_or_null("head_dim", defaults.head_dim, MAX_HEAD_DIM)?;
+    with_head_dim(keys, defaults, head_dim)
+}
+
+/// As [`dimensions`], with heads of this width whatever `head_dim` says; `None`: hidden_size / heads.
+pub(super) fn with_head_dim(keys: &Keys, defaults: &Defaults, head_dim: Option<usize>) -> Result<Dense> {
     let hidden_size = keys.size("hidden_size", defaults.hidden_size, MAX_WIDTH)?;
     let heads = keys.size("num_attention_heads", defaults.heads, MAX_HEADS)?;
     let kv_heads = keys
@@ -72,7 +91,7 @@ pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
             format!("is {kv_heads}, which does not divide `num_attention_heads` = {heads}"),
         ));
     }
-    let head_dim = match keys.size_or_null("head_dim", defaults.head_dim, MAX_HEAD_DIM)? {
+    let head_dim = match head_dim {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
@@ -98,6 +117,7 @@ pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
     let plain = LayerSpec {
         rope: Some(0),
         window: None,
+        mixture: false,
     };
     let spec = ModelSpec {
         architecture: String::new(),
@@ -113,7 +133,10 @@ pub(super) fn read(keys: &Keys, defaults: &Defaults) -> Result<Dense> {
             heads,
             kv_heads,
             head_dim,
+            mla: None,
+            sinks: false,
             intermediate_size: keys.size("intermediate_size", defaults.intermediate_size, MAX_WIDTH)?,
+            mixture: None,
             activation: activation(keys, defaults)?,
             norm: NormSpec {
                 eps: eps as f32,

@@ -16,6 +16,8 @@ pub(super) const MAX_HEADS: usize = 1 << 12;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 12;
 /// Most decoder layers that are believed.
 pub(super) const MAX_LAYERS: usize = 1 << 12;
+/// Most experts of a layer that are believed.
+pub(super) const MAX_EXPERTS: usize = 1 << 12;
 /// Largest vocabulary that is believed.
 pub(super) const MAX_VOCAB: usize = 1 << 24;
 /// Longest context that is believed.
@@ -194,6 +196,17 @@ impl<'a> Keys<'a> {
             .and_then(|list| list.iter().map(Value::as_str).collect())
             .map(Some)
             .ok_or_else(|| self.wrong(key, value, "a list of strings"))
+    }
+
+    /// A list of whole numbers from 0 to `max`; empty where absent or `null`.
+    pub(super) fn counts(&self, key: &str, max: usize) -> Result<Vec<usize>> {
+        let Some(value) = self.some(key) else {
+            return Ok(Vec::new());
+        };
+        let list = value
+            .as_array()
+            .ok_or_else(|| self.wrong(key, value, "a list of whole numbers"))?;
+        list.iter().map(|entry| self.whole(key, entry, 0, max)).collect()
     }
 
     /// The object under `key`; one without entries where absent or `null`.

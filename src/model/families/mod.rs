@@ -2,13 +2,18 @@
 //!
 //! To add a family: one file with a `parse(&Keys) -> Result<ModelSpec>`, and one row in [`FAMILIES`].
 
+mod deepseek;
 mod dense;
 mod gemma;
+mod gpt_oss;
 mod keys;
 mod llama;
 mod mistral;
+mod mixtral;
+mod mixture;
 mod phi;
 mod qwen;
+mod qwen_moe;
 mod rope;
 mod vision_language;
 
@@ -62,12 +67,20 @@ const FAMILIES: &[Family] = &[
     Family::text(Some("Gemma2ForCausalLM"), "gemma2", gemma::parse_gemma2),
     Family::text(Some("Gemma3ForCausalLM"), "gemma3_text", gemma::parse_gemma3),
     Family::text(Some("Phi3ForCausalLM"), "phi3", phi::parse),
+    Family::text(Some("MixtralForCausalLM"), "mixtral", mixtral::parse),
+    Family::text(Some("Qwen2MoeForCausalLM"), "qwen2_moe", qwen_moe::parse_qwen2),
+    Family::text(Some("Qwen3MoeForCausalLM"), "qwen3_moe", qwen_moe::parse_qwen3),
+    Family::text(Some("DeepseekV2ForCausalLM"), "deepseek_v2", deepseek::parse_v2),
+    Family::text(Some("DeepseekV3ForCausalLM"), "deepseek_v3", deepseek::parse_v3),
+    Family::text(Some("GptOssForCausalLM"), "gpt_oss", gpt_oss::parse),
+    Family::text(None, "qwen3_vl_moe_text", qwen_moe::parse_qwen3_vl),
     Family::text(None, "qwen2_vl_text", qwen::parse_qwen2_vl),
     Family::text(None, "qwen2_5_vl_text", qwen::parse_qwen2_vl),
     Family::text(None, "qwen3_vl_text", qwen::parse_qwen3_vl),
     Family::vision("Qwen2VLForConditionalGeneration", "qwen2_vl", vision_language::parse_qwen2_vl),
     Family::vision("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", vision_language::parse_qwen2_5_vl),
     Family::vision("Qwen3VLForConditionalGeneration", "qwen3_vl", vision_language::parse_qwen3_vl),
+    Family::vision("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", vision_language::parse_qwen3_vl_moe),
     Family::vision("LlavaForConditionalGeneration", "llava", vision_language::parse_llava),
     Family::vision("Gemma3ForConditionalGeneration", "gemma3", vision_language::parse_gemma3),
 ];
@@ -129,6 +142,6 @@ fn unsupported(name: &str) -> Error {
             shorten(name),
             list.join(", ")
         ),
-        "mixtures of experts and encoder models are not read as dense decoders; to add a family, see src/model/families/mod.rs",
+        "models of another architecture are not read as one of these; to add a family, see src/model/families/mod.rs",
     )
 }

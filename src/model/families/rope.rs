@@ -45,14 +45,18 @@ pub(super) struct Table {
     pub(super) max_sequence: Option<usize>,
 }
 
+/// The rope keys of a family whose layers share one table, in the spelling that the config has.
+pub(super) fn parameters<'a>(keys: &Keys<'a>) -> Result<Keys<'a>> {
+    let old = keys.object("rope_scaling")?;
+    match old.is_empty() {
+        true => keys.object("rope_parameters"),
+        false => Ok(old),
+    }
+}
+
 /// The one table of a family whose layers all share it.
 pub(super) fn shared(keys: &Keys, context: Context) -> Result<Table> {
-    let old = keys.object("rope_scaling")?;
-    let parameters = if old.is_empty() {
-        keys.object("rope_parameters")?
-    } else {
-        old
-    };
+    let parameters = parameters(keys)?;
     for layer_type in ["full_attention", "sliding_attention"] {
         if parameters.some(layer_type).is_some() {
             return Err(parameters.error(
@@ -118,10 +122,7 @@ pub(super) fn table(
         stretch: context.max_positions as f64 / original as f64,
     };
 
-    let named = match parameters.text("rope_type")? {
-        Some(kind) => kind,
-        None => parameters.text("type")?.unwrap_or("default"),
-    };
+    let named = kind(parameters)?;
     let kind = match named {
         "su" | "yarn" if context.longrope_aliases => "longrope",
         other => other,
@@ -155,6 +156,7 @@ pub(super) fn table(
             inverse_frequencies,
             attention_factor,
             rotary_dim,
+            interleaved: false,
         },
         max_sequence: match kind {
             "dynamic" => Some(context.max_positions),
@@ -162,6 +164,22 @@ pub(super) fn table(
             _ => None,
         },
     })
+}
+
+/// What the table is called.
+pub(super) fn kind<'a>(parameters: &Keys<'a>) -> Result<&'a str> {
+    match parameters.text("rope_type")? {
+        Some(kind) => Ok(kind),
+        None => Ok(parameters.text("type")?.unwrap_or("default")),
+    }
+}
+
+/// Yarn's magnitude for a stretch by `factor`.
+pub(super) fn magnitude(factor: f64, by: f64) -> f64 {
+    match factor > 1.0 {
+        true => 0.1 * by * factor.ln() + 1.0,
+        false => 1.0,
+    }
 }
 
 /// theta^(2i / dim) for each pair.
@@ -231,10 +249,7 @@ impl Scaling<'_> {
     /// Pairs that turn often are kept, pairs that turn seldom are divided by `factor`, a ramp lies between.
     fn yarn(&self) -> Result<(Vec<f32>, f64)> {
         let factor = self.or("factor", self.stretch)?;
-        let magnitude = |by: f64| match factor > 1.0 {
-            true => 0.1 * by * factor.ln() + 1.0,
-            false => 1.0,
-        };
+        let magnitude = |by: f64| magnitude(factor, by);
         let inferred = match (
             self.parameters.positive("mscale")?,
             self.parameters.positive("mscale_all_dim")?,

@@ -54,6 +54,17 @@ pub(super) fn parse_qwen3_vl(keys: &Keys) -> Result<ModelSpec> {
     parse(keys, &wrapping)
 }
 
+/// Reads a Qwen3-VL-MoE config.
+pub(super) fn parse_qwen3_vl_moe(keys: &Keys) -> Result<ModelSpec> {
+    let wrapping = Wrapping {
+        text_type: "qwen3_vl_moe_text",
+        any_text: false,
+        flat: false,
+        tied: |outer, text| outer.or(text).unwrap_or(false),
+    };
+    parse(keys, &wrapping)
+}
+
 /// Reads a LLaVA 1.5 config (of the `llava-hf` layout).
 pub(super) fn parse_llava(keys: &Keys) -> Result<ModelSpec> {
     let wrapping = Wrapping {
