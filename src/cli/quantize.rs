@@ -214,6 +214,12 @@ fn print_summary(job: &Job, s: &Summary) {
             println!("               left out: {count} × {reason}");
         }
     }
+    if s.reused_linears > 0 {
+        println!(
+            "  kept         {} linears of the output that was there; the others were solved",
+            s.reused_linears
+        );
+    }
     println!(
         "  quality      mean output error {:.3} %; measure it: quantflow evaluate",
         s.relative_error_mean * 100.0
