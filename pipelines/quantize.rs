@@ -104,6 +104,23 @@ pub struct Summary {
 }
 
 impl Job {
+    /// From `model` to a new folder `output`, by one worker, without calibration: what else is wanted is set on top.
+    pub fn new(model: PathBuf, output: PathBuf, recipe: Recipe) -> Self {
+        Self {
+            model,
+            output,
+            recipe,
+            calibration: Calibration::default(),
+            statistics: None,
+            workers: 1,
+            memory: None,
+            scratch: None,
+            shard_bytes_max: 5_000_000_000,
+            fresh: false,
+            arrival: None,
+        }
+    }
+
     /// Plans the run; reads headers only.
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, Device::Cpu)?;
@@ -120,7 +137,7 @@ impl Job {
             (Method::Rtn, _) => Graph::DataFree,
             (Method::Gptq, None) => Graph::Sequential,
             (Method::Gptq, Some(artifact)) => Graph::Solve {
-                held_out: artifact.header.origin.held_out > 0.0,
+                held_out: artifact.header.origin.holds_out(),
             },
         };
         let fixed = plan.fixed_bytes(
@@ -191,10 +208,7 @@ pub(super) fn run(
             .header
             .expect_model(&subject, &tower.checkpoint.digest())?;
     }
-    let measured = job
-        .statistics
-        .as_ref()
-        .is_some_and(|artifact| artifact.header.origin.held_out > 0.0);
+    let measured = (job.statistics.as_ref()).is_some_and(|artifact| artifact.header.origin.holds_out());
     if job.recipe.damp_percent == Damping::Auto && !measured {
         return Err(Error::usage(
             "--damp-percent",

@@ -11,6 +11,7 @@ use super::quantize::{self, Job, PROVENANCE, REPORT, Summary, WORK_FOLDER};
 use crate::artifact::Artifact;
 use crate::checkpoint::{Checkpoint, OutputWriter, hex, read_json};
 use crate::error::{Error, IoContext, Result};
+use crate::formats::TensorSpec;
 use crate::operators::Halt;
 use crate::operators::kept::{Solved, kept};
 use crate::plan::{Plan, PlannedLinear};
@@ -131,19 +132,14 @@ impl Earlier {
             .filter_map(|line| serde_json::from_str::<Row>(line).ok());
         let mut rows: BTreeMap<String, Row> = rows.map(|row| (row.name.clone(), row)).collect();
         rows.retain(|name, _| kept.contains(name));
-        let Plan { linears, format, .. } = plan;
-        for linear in linears {
-            let specs = linear
-                .grid
-                .map(|grid| format.specs(&linear.name, linear.rows, linear.columns, grid));
-            let whole = specs.is_some_and(|specs| {
-                let is_there = |spec: &crate::formats::TensorSpec| {
-                    self.checkpoint.spec(&spec.name).as_ref() == Some(spec)
-                };
-                specs.iter().all(is_there)
-            });
-            linear.kept = whole && rows.contains_key(&linear.name);
-            if !linear.kept {
+        let is_there = |spec: &TensorSpec| self.checkpoint.spec(&spec.name).as_ref() == Some(spec);
+        let keep = |linear: &PlannedLinear| {
+            rows.contains_key(&linear.name) && plan.tensors(linear).iter().all(is_there)
+        };
+        let kept: Vec<bool> = plan.linears.iter().map(keep).collect();
+        for (linear, kept) in plan.linears.iter_mut().zip(kept) {
+            linear.kept = kept;
+            if !kept {
                 rows.remove(&linear.name);
             }
         }

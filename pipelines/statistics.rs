@@ -154,7 +154,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     tower.expect_length(length)?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
     let graph = Graph::Statistics {
-        held_out: artifact.header.origin.held_out > 0.0,
+        held_out: artifact.header.origin.holds_out(),
     };
     let largest = tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS);
     let (plan_peak, resident) = plan.fit(

@@ -49,9 +49,14 @@ pub struct Origin {
 }
 
 impl Origin {
+    /// Whether batches are kept apart.
+    pub fn holds_out(&self) -> bool {
+        self.held_out > 0.0
+    }
+
     /// Products that are kept of each site.
     pub fn products(&self) -> &'static [Product] {
-        match self.held_out > 0.0 {
+        match self.holds_out() {
             true => &[Product::Gram, Product::Sum, Product::HeldOut],
             false => &[Product::Gram, Product::Sum],
         }

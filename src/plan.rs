@@ -255,12 +255,17 @@ impl Plan {
                 grid: None,
             });
         }
-        for linear in &self.linears {
-            if let Some(grid) = linear.grid {
-                self.output
-                    .extend(self.format.specs(&linear.name, linear.rows, linear.columns, grid));
-            }
-        }
+        let quantized: Vec<TensorSpec> = self.linears.iter().flat_map(|linear| self.tensors(linear)).collect();
+        self.output.extend(quantized);
+    }
+
+    /// The tensors of a linear in the output's layout; none where it is left alone.
+    pub fn tensors(&self, linear: &PlannedLinear) -> Vec<TensorSpec> {
+        let specs = |grid| {
+            self.format
+                .specs(&linear.name, linear.rows, linear.columns, grid)
+        };
+        linear.grid.map(specs).unwrap_or_default()
     }
 
     /// Decoder layers.

@@ -165,7 +165,7 @@ impl PartialFile {
     pub fn finish(self) -> Result<()> {
         self.file.sync_all().context("sync", &self.partial)?;
         if self.partial.exists() {
-            std::fs::rename(&self.partial, &self.path).context("rename a finished file to", &self.path)?;
+            return rename(&self.partial, &self.path);
         }
         sync_folder(parent(&self.path))
     }

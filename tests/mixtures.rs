@@ -48,23 +48,15 @@ fn windows(name: &str) -> Calibration {
 
 /// Round to nearest, 8 bits, one scale a row.
 fn rtn(model: &Path, output: &Path, workers: usize) -> Job {
+    let recipe = Recipe {
+        bits: 8,
+        group_size: 0,
+        method: Method::Rtn,
+        ..Recipe::default()
+    };
     Job {
-        model: model.to_owned(),
-        output: output.to_owned(),
-        recipe: Recipe {
-            bits: 8,
-            group_size: 0,
-            method: Method::Rtn,
-            ..Recipe::default()
-        },
-        calibration: Calibration::default(),
-        statistics: None,
         workers,
-        memory: None,
-        scratch: None,
-        shard_bytes_max: 5_000_000_000,
-        fresh: false,
-        arrival: None,
+        ..Job::new(model.to_owned(), output.to_owned(), recipe)
     }
 }
 

@@ -44,23 +44,17 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
     let mut table = Vec::new();
     let mut shown = Vec::new();
     for (name, method) in [("round-to-nearest", Method::Rtn), ("quantflow", Method::Gptq)] {
+        let recipe = Recipe {
+            bits: arguments.bits,
+            group_size: 64,
+            method,
+            ..Recipe::default()
+        };
         let job = Job {
-            model: model.clone(),
-            output: output(name),
-            recipe: Recipe {
-                bits: arguments.bits,
-                group_size: 64,
-                method,
-                ..Recipe::default()
-            },
             calibration: calibration.clone(),
-            statistics: None,
             workers: workers(None)?,
-            memory: None,
-            scratch: None,
-            shard_bytes_max: 5_000_000_000,
             fresh: true,
-            arrival: None,
+            ..Job::new(model.clone(), output(name), recipe)
         };
         let observer = progress::observer(false);
         let summary = quantize(&job, &observer, halt)?;

@@ -128,36 +128,30 @@ fn job(arguments: &QuantizeArguments) -> Result<Job> {
         Method::Gptq if !arguments.collects() => calibrate(&arguments.calibration, &arguments.model)?,
         _ => Calibration::default(),
     };
+    let output = arguments.output.clone().unwrap_or_default();
     Ok(Job {
-        model: arguments.model.clone(),
-        output: arguments.output.clone().unwrap_or_default(),
-        recipe,
         calibration,
-        statistics: None,
         workers: arguments.resources.workers()?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         shard_bytes_max: arguments.scheme.max_shard_size,
         fresh: arguments.finish.fresh,
-        arrival: None,
+        ..Job::new(arguments.model.clone(), output, recipe)
     })
 }
 
 /// `solve`.
 pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     let artifact = Artifact::open(&arguments.statistics)?;
+    let (model, output) = (arguments.model.clone(), arguments.output.clone());
     let job = Job {
-        model: arguments.model.clone(),
-        output: arguments.output.clone(),
-        recipe: arguments.resolve()?,
-        calibration: Calibration::default(),
         statistics: Some(Arc::new(artifact)),
         workers: arguments.resources.workers()?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         shard_bytes_max: arguments.scheme.max_shard_size,
         fresh: arguments.finish.fresh,
-        arrival: None,
+        ..Job::new(model, output, arguments.resolve()?)
     };
     let summary = resolve::solve(&job, &progress::observer(!arguments.finish.json), halt)?;
     tell(&job, &summary, &arguments.finish)

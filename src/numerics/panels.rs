@@ -125,13 +125,6 @@ impl Panels {
         self.panels[panel][within * columns.len() + column - columns.start]
     }
 
-    /// As [`Self::at`], to be written; the other half of a diagonal block is not written along.
-    pub fn at_mut(&mut self, row: usize, column: usize) -> &mut f64 {
-        let (panel, within) = (row / PANEL_ROWS, row % PANEL_ROWS);
-        let columns = self.columns(panel);
-        &mut self.panels[panel][within * columns.len() + column - columns.start]
-    }
-
     /// The diagonal.
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.width).map(|i| self.at(i, i)).collect()

@@ -26,14 +26,8 @@ pub fn commit<'scope>(
             packed.sort_by_key(|linear| linear.linear);
             for linear in &packed {
                 let planned = &shared.plan.linears[linear.linear];
-                if let Some(grid) = planned.grid {
-                    let specs = shared
-                        .plan
-                        .format
-                        .specs(&planned.name, planned.rows, planned.columns, grid);
-                    for (spec, bytes) in specs.iter().zip(&linear.tensors) {
-                        shared.output.writer()?.write(&spec.name, bytes)?;
-                    }
+                for (spec, bytes) in shared.plan.tensors(planned).iter().zip(&linear.tensors) {
+                    shared.output.writer()?.write(&spec.name, bytes)?;
                 }
                 if let Some(row) = &linear.row {
                     shared.observer.linear(row);

@@ -41,9 +41,7 @@ impl<T> Shelf<T> {
         *cell = Some(Arc::clone(&value));
         Ok(value)
     }
-}
 
-impl<T> Shelf<T> {
     /// Drops the value of `key`.
     fn forget(&self, key: u64) {
         if let Ok(mut values) = self.0.lock() {

@@ -87,7 +87,7 @@ pub struct SiteProducts {
 pub struct Accumulator {
     exponents: Exponents,
     tokens: Mutex<i64>,
-    panels: Vec<Mutex<Panel>>,
+    panels: Vec<(Product, usize, Mutex<Vec<i64>>)>,
 }
 
 impl SiteStatistics {
@@ -246,7 +246,9 @@ impl From<SiteStatistics> for Accumulator {
         Self {
             exponents: sums.exponents,
             tokens: Mutex::new(sums.tokens),
-            panels: sums.panels.into_iter().map(Mutex::new).collect(),
+            panels: (sums.panels.into_iter())
+                .map(|panel| (panel.product, panel.first_row, Mutex::new(panel.sums)))
+                .collect(),
         }
     }
 }
@@ -287,18 +289,13 @@ impl Accumulator {
         let scales = self.exponents.scales();
         let sign = multiplicity.signum() as f64;
         let mut buffer = vec![0f32; PANEL_ROWS.min(width) * width];
-        for panel in &self.panels {
-            let lock = || panel.lock().map_err(|_| poisoned());
-            let (kind, first) = {
-                let panel = lock()?;
-                (panel.product, panel.first_row)
-            };
+        for &(kind, first, ref sums) in self.panels.iter().filter(|panel| wanted(panel.0)) {
+            let lock = || sums.lock().map_err(|_| poisoned());
             let left = match kind {
-                kind if !wanted(kind) => continue,
                 Product::Sum => {
-                    let mut panel = lock()?;
+                    let mut sums = lock()?;
                     for _ in 0..multiplicity.unsigned_abs() {
-                        add_sums(&mut panel.sums, x, &scales, sign)?;
+                        add_sums(&mut sums, x, &scales, sign)?;
                     }
                     continue;
                 }
@@ -317,9 +314,9 @@ impl Accumulator {
                 1.0,
             );
             // Only the addition needs the panel for itself.
-            let mut panel = lock()?;
+            let mut sums = lock()?;
             for row in 0..rows {
-                let sums = &mut panel.sums[row * columns..][..columns];
+                let sums = &mut sums[row * columns..][..columns];
                 let products = &buffer[row * columns..][..columns];
                 for _ in 0..multiplicity.unsigned_abs() {
                     if !add_row(sums, products, sign * scales[first + row], &scales[column..]) {
@@ -341,7 +338,13 @@ impl Accumulator {
             exponents: self.exponents,
             tokens: self.tokens.into_inner().map_err(|_| poisoned())?,
             panels: panels
-                .map(|panel| panel.into_inner().map_err(|_| poisoned()))
+                .map(|(product, first_row, sums)| {
+                    Ok(Panel {
+                        product,
+                        first_row,
+                        sums: sums.into_inner().map_err(|_| poisoned())?,
+                    })
+                })
                 .collect::<Result<_>>()?,
         })
     }
