@@ -60,7 +60,8 @@ fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome
 pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
     let job = job(arguments)?;
     let (tower, plan) = job.plan()?;
-    let (peak, resident) = job.predict(&plan)?;
+    let fit = job.fit(&plan)?;
+    let spilled = fit.spilled.iter().filter(|spilled| **spilled).count();
     let quantized: Vec<_> = plan
         .linears
         .iter()
@@ -74,7 +75,8 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
             .collect();
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
-            "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
+            "plan_peak_host_bytes": fit.peak_host_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
+            "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled,
             "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
         }))?;
         return Ok(Outcome::Fine);
@@ -110,8 +112,13 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",
-        bytes(peak),
+        bytes(fit.peak_host_bytes),
         job.workers
+    );
+    println!(
+        "scratch       {}, with the matrices of {spilled} of {} steps",
+        bytes(fit.scratch_bytes),
+        plan.steps()
     );
     println!(
         "output        {} ({} now), {}",
