@@ -128,11 +128,8 @@ impl Job {
         Ok((tower, plan))
     }
 
-    /// How the run fits into its budget, or into what the machine has.
-    ///
-    /// # Errors
-    /// `--memory` is less than what the run needs without a single resident activation.
-    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
+    /// What the run carries.
+    pub fn load(&self) -> Load {
         let graph = match (self.recipe.method, &self.statistics) {
             (Method::Rtn, _) => Graph::DataFree,
             (Method::Gptq, None) => Graph::Sequential,
@@ -141,14 +138,21 @@ impl Job {
             },
         };
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
-        let load = Load {
+        Load {
             graph,
             workers: self.workers,
             batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
             tokens: tokens.sum(),
             streams: 1 + usize::from(self.recipe.match_original > 0.0),
-        };
-        plan.fit(&load, self.memory, report::available_host_bytes())
+        }
+    }
+
+    /// How the run fits into its budget, or into what the machine has.
+    ///
+    /// # Errors
+    /// `--memory` is less than what the run needs without a single resident activation.
+    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
+        plan.fit(&self.load(), self.memory, report::available_host_bytes())
     }
 
     /// Tokens behind the statistics.

@@ -1,6 +1,7 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
 mod memory;
+mod time;
 
 pub use memory::{Fit, Graph, Load};
 

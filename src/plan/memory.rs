@@ -131,6 +131,11 @@ impl Plan {
         })
     }
 
+    /// Predicted peak of resident bytes of a step, activations aside.
+    pub fn step_bytes(&self, load: &Load, fit: &Fit, step: u64) -> u64 {
+        self.peak(load, step, &fit.spilled)
+    }
+
     /// The steps whose matrices are there at the same time as those of `step`, itself among them.
     fn beside(&self, graph: Graph, step: u64) -> Vec<u64> {
         match graph {
