@@ -10,6 +10,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
+use crate::operators::experts::ExpertTokens;
 use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
@@ -124,8 +125,23 @@ impl Job {
     /// Plans the run; reads headers only.
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, Device::Cpu)?;
-        let plan = Plan::new(self.recipe.clone(), &tower)?;
+        let mut plan = Plan::new(self.recipe.clone(), &tower)?;
+        plan.group_experts(self.memory, self.graph(), self.workers, self.batch_tokens());
         Ok((tower, plan))
+    }
+
+    fn graph(&self) -> Graph {
+        match (self.recipe.method, &self.statistics) {
+            (Method::Rtn, _) => Graph::DataFree,
+            (Method::Gptq, None) => Graph::Sequential,
+            (Method::Gptq, Some(artifact)) => Graph::Solve {
+                held_out: artifact.header.origin.holds_out(),
+            },
+        }
+    }
+
+    fn batch_tokens(&self) -> usize {
+        self.calibration.batch_tokens_max().max(PROBE_TOKENS)
     }
 
     /// Predicted peak of resident bytes, and the share of it that activations may take.
@@ -133,18 +149,7 @@ impl Job {
     /// # Errors
     /// `--memory` is less than what the run needs without a single resident activation.
     pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
-        let graph = match (self.recipe.method, &self.statistics) {
-            (Method::Rtn, _) => Graph::DataFree,
-            (Method::Gptq, None) => Graph::Sequential,
-            (Method::Gptq, Some(artifact)) => Graph::Solve {
-                held_out: artifact.header.origin.holds_out(),
-            },
-        };
-        let fixed = plan.fixed_bytes(
-            graph,
-            self.workers,
-            self.calibration.batch_tokens_max().max(PROBE_TOKENS),
-        );
+        let fixed = plan.fixed_bytes(self.graph(), self.workers, self.batch_tokens());
         let streams = 1 + usize::from(self.recipe.match_original > 0.0);
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
         let activations = plan.activation_bytes(tokens.sum(), streams);
@@ -207,6 +212,13 @@ pub(super) fn run(
         artifact
             .header
             .expect_model(&subject, &tower.checkpoint.digest())?;
+        if job.recipe.all_experts && !artifact.header.origin.all_experts {
+            return Err(Error::invalid(
+                subject,
+                "has the sums of each expert over the tokens that were sent to it alone",
+                "collect it anew with: quantflow statistics collect --all-experts; or take all_experts out of the recipe",
+            ));
+        }
     }
     let measured = (job.statistics.as_ref()).is_some_and(|artifact| artifact.header.origin.holds_out());
     if job.recipe.damp_percent == Damping::Auto && !measured {
@@ -257,6 +269,7 @@ pub(super) fn run(
         },
         probe,
         sums: Sums::default(),
+        experts: ExpertTokens::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
@@ -302,6 +315,7 @@ pub fn independent(
             change: Change::Collect,
             documents,
             held_out: 0.0,
+            all_experts: job.recipe.all_experts,
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),
@@ -395,8 +409,8 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
 }
 
 fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
-    let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
-    let units = left * 4 * shared.batches.len().max(1) as u64;
+    let left = shared.plan.steps() - shared.plan.block_steps(shared.output.blocks_done()).start;
+    let units = left * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
     let scratch = job
         .scratch

@@ -1,11 +1,14 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
+mod steps;
+
+use self::steps::Step;
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
 use crate::numerics::panels::{PANEL_ROWS, Shape};
-use crate::recipe::{Method, Recipe, Scheme};
+use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
@@ -15,6 +18,10 @@ use std::ops::Range;
 pub const CHUNK_ROWS: usize = 128;
 /// Process, tokenizer, allocator slack: what a run costs before its first tensor.
 const BASE_BYTES: u64 = 64 << 20;
+
+/// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
+/// few, little beside what a mixture of experts needs to run at all.
+const GROUP_BYTES: u64 = 1 << 30;
 
 /// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
 const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
@@ -47,6 +54,11 @@ pub struct PlannedLinear {
 }
 
 impl PlannedLinear {
+    /// The routed expert that it belongs to.
+    pub fn expert(&self) -> Option<usize> {
+        self.spec.fused.as_ref().map(|slice| slice.expert)
+    }
+
     /// The grid, if there are codes to choose.
     pub fn to_solve(&self) -> Option<Grid> {
         self.grid.filter(|_| !self.kept)
@@ -69,15 +81,6 @@ impl PlannedLinear {
     }
 }
 
-/// What is worked on at a time: the linears of a site, or, of a mixture's many, those of one expert.
-#[derive(Clone, Debug)]
-struct Step {
-    block: usize,
-    site: SiteKind,
-    /// Positions in [`Plan::linears`].
-    linears: Range<usize>,
-}
-
 /// Everything that a run will do.
 pub struct Plan {
     /// The recipe.
@@ -94,6 +97,10 @@ pub struct Plan {
     pub outside: Vec<LinearLayout>,
     steps: Vec<Step>,
     blocks: usize,
+    /// Experts in a group.
+    experts_per_step: usize,
+    /// Bytes that a token has between two steps.
+    token_bytes: usize,
 }
 
 impl std::fmt::Debug for Plan {
@@ -109,9 +116,14 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a method that
-    /// the model's blocks do not have yet.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, or an unusable `ignore`.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
+        let plan = Self::of(recipe, tower)?;
+        check_fused(tower, &plan.linears)?;
+        Ok(plan)
+    }
+
+    fn of(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
         if tower.checkpoint.config().get("quantization_config").is_some() {
             return Err(Error::invalid(
@@ -120,39 +132,21 @@ impl Plan {
                 "start from the original checkpoint",
             ));
         }
-        if !tower.spec.is_dense() && recipe.method != Method::Rtn {
-            return Err(Error::invalid(
-                tower.checkpoint.folder().display().to_string(),
-                format!(
-                    "{} has experts or latent attention, whose statistics are not collected yet",
-                    tower.spec.architecture
-                ),
-                "such models can be evaluated, and quantized with --method rtn",
+        if recipe.all_experts && !tower.spec.layers.iter().any(|layer| layer.mixture) {
+            return Err(Error::usage(
+                "--all-experts",
+                format!("{} has no experts", tower.spec.architecture),
+                "leave it out",
             ));
         }
         let format = formats::by_name(&recipe.format)?;
         let ignore = patterns("--ignore", &recipe.ignore)?;
         let schemes = Schemes::new(&recipe)?;
         let mut linears: Vec<PlannedLinear> = Vec::new();
-        let mut steps: Vec<Step> = Vec::new();
-        let expert = |spec: &LinearSpec| spec.fused.as_ref().map(|slice| slice.expert);
         for block in 0..tower.blocks() {
             for site in tower.spec.sites(block) {
-                let first = steps.len();
                 for spec in tower.spec.linears(block, site) {
                     let index = linears.len();
-                    let begins = steps.len() == first
-                        || linears
-                            .last()
-                            .is_some_and(|last| expert(&last.spec) != expert(&spec));
-                    if begins {
-                        let linears = index..index;
-                        steps.push(Step { block, site, linears });
-                    }
-                    let slot = steps.last_mut().map_or(0, |step| {
-                        step.linears.end = index + 1;
-                        index - step.linears.start
-                    });
                     let name = tower.linear_name(block, &spec);
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
@@ -168,7 +162,7 @@ impl Plan {
                         index,
                         block,
                         site,
-                        slot,
+                        slot: 0,
                         name,
                         rows: spec.rows,
                         columns: spec.columns,
@@ -181,7 +175,6 @@ impl Plan {
             }
         }
         schemes.check(&linears)?;
-        check_fused(tower, &linears)?;
         let mut plan = Self {
             recipe,
             format,
@@ -189,25 +182,66 @@ impl Plan {
             copied: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
-            steps,
+            steps: Vec::new(),
             blocks: tower.blocks(),
+            experts_per_step: 1,
+            token_bytes: 0,
         };
+        plan.token_bytes = steps::token_bytes(tower, &plan.linears);
+        plan.cut(1);
         plan.place(tower);
         Ok(plan)
+    }
+
+    /// Cuts the blocks into steps, with so many experts of a mixture in a group.
+    fn cut(&mut self, experts: usize) {
+        self.experts_per_step = experts;
+        self.steps = steps::cut(&self.linears, experts);
+        for step in &self.steps {
+            for linear in &mut self.linears[step.linears.clone()] {
+                linear.slot = linear.index - step.linears.start;
+            }
+        }
+    }
+
+    /// Puts as many experts of a mixture in a group as stay within half of the budget `memory`, or within [`GROUP_BYTES`] where there is
+    /// none: the larger the groups, the fewer the passes over the batches. The output is the same for any.
+    pub fn group_experts(&mut self, memory: Option<u64>, graph: Graph, workers: usize, batch_tokens: usize) {
+        let Some(most) = self.linears.iter().filter_map(PlannedLinear::expert).max() else {
+            return;
+        };
+        self.cut(1);
+        let least = self.fixed_bytes(graph, workers, batch_tokens);
+        let allowed = memory.map_or(GROUP_BYTES, |memory| memory / 2).max(least);
+        let mut experts = most + 1;
+        while experts > 1 {
+            self.cut(experts);
+            if self.fixed_bytes(graph, workers, batch_tokens) <= allowed {
+                return;
+            }
+            experts = experts.div_ceil(2);
+        }
+        self.cut(1);
+    }
+
+    /// Experts of a mixture that are worked on together.
+    pub fn experts_per_step(&self) -> usize {
+        self.experts_per_step
     }
 
     /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
     ///
     /// # Errors
-    /// The checkpoint is already quantized.
-    pub fn for_statistics(tower: &Tower) -> Result<Self> {
+    /// The checkpoint is already quantized, or has no experts and `all_experts` is asked for.
+    pub fn for_statistics(tower: &Tower, all_experts: bool) -> Result<Self> {
         let recipe = Recipe {
             bits: 8,
             group_size: 0,
             match_original: 0.0,
+            all_experts,
             ..Recipe::default()
         };
-        Self::new(recipe, tower)
+        Self::of(recipe, tower)
     }
 
     fn place(&mut self, tower: &Tower) {
@@ -255,16 +289,17 @@ impl Plan {
                 grid: None,
             });
         }
-        let quantized: Vec<TensorSpec> = self.linears.iter().flat_map(|linear| self.tensors(linear)).collect();
+        let quantized: Vec<TensorSpec> = self
+            .linears
+            .iter()
+            .flat_map(|linear| self.tensors(linear))
+            .collect();
         self.output.extend(quantized);
     }
 
     /// The tensors of a linear in the output's layout; none where it is left alone.
     pub fn tensors(&self, linear: &PlannedLinear) -> Vec<TensorSpec> {
-        let specs = |grid| {
-            self.format
-                .specs(&linear.name, linear.rows, linear.columns, grid)
-        };
+        let specs = |grid| self.format.specs(&linear.name, linear.rows, linear.columns, grid);
         linear.grid.map(specs).unwrap_or_default()
     }
 
@@ -273,15 +308,77 @@ impl Plan {
         self.blocks
     }
 
-    /// Steps of a run: one a block and site, and in a mixture one an expert.
+    /// Steps of a run: one a block and site, and in a mixture two a group of experts.
     pub fn steps(&self) -> u64 {
         self.steps.len() as u64
     }
 
-    /// Block and site of a step.
+    /// Block and first site of a step.
     pub fn step(&self, step: u64) -> (usize, SiteKind) {
         let step = &self.steps[step as usize];
-        (step.block, step.site)
+        (step.block, step.sites[0])
+    }
+
+    /// The inputs of a step's linears: one, or one an expert.
+    pub fn step_sites(&self, step: u64) -> &[SiteKind] {
+        &self.steps[step as usize].sites
+    }
+
+    /// Whether a step's inputs are summed there; else an earlier step of its block has their factor.
+    pub fn leads(&self, step: u64) -> bool {
+        self.steps[step as usize].leads
+    }
+
+    /// Whether no later step has the inputs of this one.
+    pub fn trails(&self, step: u64) -> bool {
+        self.steps[step as usize].trails
+    }
+
+    /// The earlier steps whose linears carry a batch to the inputs of this one.
+    pub fn carriers(&self, step: u64) -> Range<u64> {
+        let carriers = steps::carriers(&self.steps, step as usize);
+        carriers.start as u64..carriers.end as u64
+    }
+
+    /// The linears of steps that lie together.
+    fn carrying(&self, steps: Range<u64>) -> &[PlannedLinear] {
+        match &self.steps[steps.start as usize..steps.end as usize] {
+            [] => &[],
+            [first, .., last] => &self.linears[first.linears.start..last.linears.end],
+            [only] => &self.linears[only.linears.clone()],
+        }
+    }
+
+    /// Width of the input whose factor a mixture keeps while other inputs are worked on, if `step` lies between.
+    fn shared_input(&self, step: u64) -> Option<usize> {
+        let (block, own) = self.step(step);
+        let steps = self.block_steps(block);
+        let of = |step: &u64| self.step(*step).1 == SiteKind::GateUp;
+        let held = own != SiteKind::GateUp && steps.clone().any(|s| s > step && of(&s) && !self.leads(s));
+        let first = (steps.start..step).find(of)?;
+        held.then(|| self.step_linears(first)[0].columns)
+    }
+
+    /// The inputs of a block in the order in which they are summed, with their widths: the same for any groups of experts.
+    pub fn block_sites(&self, block: usize) -> Vec<(SiteKind, usize)> {
+        let leading = self.block_steps(block).filter(|step| self.leads(*step));
+        let sites = leading.flat_map(|step| {
+            let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
+            let sites = self.step_sites(step).iter();
+            sites.map(move |&site| (site, width))
+        });
+        sites.collect()
+    }
+
+    /// Whether anything with this input is to be solved.
+    pub fn is_summed(&self, block: usize, site: SiteKind) -> bool {
+        let begin = self.linears.partition_point(|linear| linear.block < block);
+        let linears = self.linears[begin..]
+            .iter()
+            .take_while(|linear| linear.block == block);
+        linears
+            .filter(|linear| linear.site == site)
+            .any(|linear| linear.to_solve().is_some())
     }
 
     /// The steps of a block; none for those beyond the last.
@@ -302,13 +399,6 @@ impl Plan {
         &self.linears[self.steps[step as usize].linears.clone()]
     }
 
-    /// Whether a step has anything to quantize.
-    pub fn is_active(&self, step: u64) -> bool {
-        self.step_linears(step)
-            .iter()
-            .any(|linear| linear.to_solve().is_some())
-    }
-
     /// All linears, for the output's config.
     pub fn layouts(&self) -> Vec<LinearLayout> {
         let inside = self.linears.iter().map(|linear| LinearLayout {
@@ -320,11 +410,9 @@ impl Plan {
         inside.chain(self.outside.iter().cloned()).collect()
     }
 
-    /// Bytes between two steps of `tokens` tokens: the residual in f32, the widest input in 16 bits.
+    /// Bytes between two steps of `tokens` tokens.
     pub fn activation_bytes(&self, tokens: usize, streams: usize) -> u64 {
-        let widths = self.linears.first().map_or(0, |l| l.columns * 4)
-            + self.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
-        (tokens * streams * widths) as u64
+        (tokens * streams * self.token_bytes) as u64
     }
 
     /// Predicted peak of resident bytes, and the share of it that activations may take, where everything else takes `fixed`.
@@ -361,7 +449,8 @@ impl Plan {
             let own = needs(step);
             match graph {
                 Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
-                Graph::Statistics { .. } => own.forward + self.block_sum_bytes(graph),
+                // Sums that the artifact holds are read, a site at a time.
+                Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
                 Graph::DataFree => own.solve.max(own.install),
                 // The next step is loaded and factored while this one is solved.
                 Graph::Solve { .. } => {
@@ -371,14 +460,6 @@ impl Plan {
             }
         };
         BASE_BYTES + (0..steps).map(peak).max().unwrap_or(0)
-    }
-
-    /// Bytes of a block's sums in an artifact, and of those of one site that are added to them.
-    fn block_sum_bytes(&self, graph: Graph) -> u64 {
-        let sites = self
-            .block_steps(0)
-            .map(|step| Needs::new(self, graph, step, 1, 0).sums);
-        sites.clone().sum::<u64>() + sites.max().unwrap_or(0)
     }
 }
 
@@ -425,37 +506,62 @@ impl Needs {
             Graph::Sequential | Graph::DataFree => 0,
         };
         let linears = plan.step_linears(step);
-        let before = plan.step_linears(step.max(1) - 1);
+        let before = plan.carrying(plan.carriers(step));
+        // Weights that have served no batch yet, of earlier steps.
+        let waiting = match graph {
+            Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
+                let next = plan.carriers(step + 1);
+                plan.carrying(next.start..step.max(next.start))
+            }
+            _ => &[],
+        };
         let width = linears.first().map_or(0, |linear| linear.columns);
-        let elements = |shape: Shape| (shape.elements(width) * 8) as u64;
-        let (half, full) = (elements(Shape::Upper), elements(Shape::Full));
+        let elements = |shape: Shape, width| (shape.elements(width) * 8) as u64;
         let weights = |linears: &[PlannedLinear]| -> u64 {
             linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
         };
         let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
             .map(|linear| (linear.rows * linear.columns) as u64)
             .sum();
-        let rows = |linears: &[PlannedLinear]| -> u64 { linears.iter().map(|l| l.rows as u64).sum() };
-        let width = width as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products.
-        let carried = 3 * rows(before) / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * matching;
-        let sums = half * (1 + held_out) + full * matching;
         let factors = match graph {
             Graph::DataFree => 0,
             _ => recipe.damp_percent.candidates().len() as u64,
         };
+        // What is kept of a site's products while it is solved.
+        let kept_of = |width: usize| {
+            let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+            factors * (half + refined * full) + full * matching + half * held_out
+        };
+        let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+        let sites = plan.step_sites(step).len() as u64;
+        let summed = if plan.leads(step) { sites } else { 0 };
+        let sums = summed * (half * (1 + held_out) + full * matching);
+        let kept = sites * kept_of(width);
+        // The factor of gate and up, between a mixture's first part and its last.
+        let shared = match plan.shared_input(step) {
+            Some(width) if !matches!(graph, Graph::Statistics { .. }) => kept_of(width),
+            _ => 0,
+        };
+        let held = shared + weights(waiting) * (1 + matching);
+        let width = width as u64;
+        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
+        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
+        // their inputs are there at once, at worst those of all tokens.
+        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
+            None => before.iter().map(|l| l.rows as u64).sum(),
+            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
+        };
+        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
+        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
+            + tokens * width * 4 * matching * sites;
         // Target, codes, sums to the later columns and outputs; errors and gradient of the refinement; the weights as they came.
         let chunk = CHUNK_ROWS as u64 * width * (8 * (4 + 2 * refined) + 4);
-        let kept = factors * (half + refined * full) + full * matching + half * held_out;
         Self {
             sums,
-            forward: weights(before) * (1 + matching) + workers * batch + sums,
-            factor: kept + half,
-            solve: kept + weights(linears) + 2 * codes + workers * chunk,
-            install: 3 * codes / 2 + weights(linears) * (1 + matching),
+            forward: held + weights(before) * (1 + matching) + workers * batch + sums,
+            factor: held + kept + if summed > 0 { half } else { 0 },
+            solve: held + kept + weights(linears) + 2 * codes + workers * chunk,
+            install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
         }
     }
 }
