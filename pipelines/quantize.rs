@@ -10,6 +10,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
+use crate::operators::experts::ExpertTokens;
 use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
@@ -124,7 +125,8 @@ impl Job {
     /// Plans the run; reads headers only.
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, Device::Cpu)?;
-        let plan = Plan::new(self.recipe.clone(), &tower)?;
+        let mut plan = Plan::new(self.recipe.clone(), &tower)?;
+        plan.group_experts(self.memory, &self.load());
         Ok((tower, plan))
     }
 
@@ -211,6 +213,13 @@ pub(super) fn run(
         artifact
             .header
             .expect_model(&subject, &tower.checkpoint.digest())?;
+        if job.recipe.all_experts && !artifact.header.origin.all_experts {
+            return Err(Error::invalid(
+                subject,
+                "has the sums of each expert over the tokens that were sent to it alone",
+                "collect it anew with: quantflow statistics collect --all-experts; or take all_experts out of the recipe",
+            ));
+        }
     }
     let measured = (job.statistics.as_ref()).is_some_and(|artifact| artifact.header.origin.holds_out());
     if job.recipe.damp_percent == Damping::Auto && !measured {
@@ -264,6 +273,7 @@ pub(super) fn run(
         },
         probe,
         sums: Sums::default(),
+        experts: ExpertTokens::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
@@ -309,6 +319,7 @@ pub fn independent(
             change: Change::Collect,
             documents,
             held_out: 0.0,
+            all_experts: job.recipe.all_experts,
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),
@@ -402,8 +413,8 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
 }
 
 fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
-    let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
-    let units = left * 4 * shared.batches.len().max(1) as u64;
+    let left = shared.plan.steps() - shared.plan.block_steps(shared.output.blocks_done()).start;
+    let units = left * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
     let order = job
         .arrival
