@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
-use crate::model::{LinearSpec, SiteKind, Tower};
+use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
 use crate::numerics::panels::{PANEL_ROWS, Shape};
 use crate::recipe::{Method, Recipe, Scheme};
@@ -15,6 +15,9 @@ use std::ops::Range;
 pub const CHUNK_ROWS: usize = 128;
 /// Process, tokenizer, allocator slack: what a run costs before its first tensor.
 const BASE_BYTES: u64 = 64 << 20;
+
+/// A quantized weight on its way from the memory map to f32: its stored bytes, and a byte a code.
+const READING_BYTES_PER_CODE: u64 = 2;
 
 /// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
 const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
@@ -88,12 +91,17 @@ pub struct Plan {
     pub linears: Vec<PlannedLinear>,
     /// Tensors that are copied byte for byte.
     pub copied: Vec<String>,
+    /// Weights that are left alone, but that the source has quantized: they are written as their values, since the output's config
+    /// speaks of the new scheme alone.
+    pub dequantized: Vec<Coded>,
     /// All tensors of the output, in the order in which shards are filled.
     pub output: Vec<TensorSpec>,
     /// Linears outside the blocks (head, vision tower, projector), for the output's ignore list.
     pub outside: Vec<LinearLayout>,
     steps: Vec<Step>,
     blocks: usize,
+    /// What it takes to dequantize the source's largest weight, besides the result.
+    reading_bytes: u64,
 }
 
 impl std::fmt::Debug for Plan {
@@ -109,16 +117,12 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a method that
-    /// the model's blocks do not have yet.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, a method that
+    /// the model's blocks do not have yet, or a weight that is missing, misshapen or stored in a way that cannot be read.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
-        if tower.checkpoint.config().get("quantization_config").is_some() {
-            return Err(Error::invalid(
-                tower.checkpoint.folder().display().to_string(),
-                "is already quantized (config.json has a quantization_config)",
-                "start from the original checkpoint",
-            ));
+        if let Some(reader) = tower.reader() {
+            reader.expect_weights_alone()?;
         }
         if !tower.spec.is_dense() && recipe.method != Method::Rtn {
             return Err(Error::invalid(
@@ -154,6 +158,7 @@ impl Plan {
                         index - step.linears.start
                     });
                     let name = tower.linear_name(block, &spec);
+                    tower.expect_linear(block, &spec)?;
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
                         false => {
@@ -187,19 +192,21 @@ impl Plan {
             format,
             linears,
             copied: Vec::new(),
+            dequantized: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
             steps,
             blocks: tower.blocks(),
+            reading_bytes: 0,
         };
-        plan.place(tower);
+        plan.place(tower)?;
         Ok(plan)
     }
 
     /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
     ///
     /// # Errors
-    /// The checkpoint is already quantized.
+    /// As [`Self::new`].
     pub fn for_statistics(tower: &Tower) -> Result<Self> {
         let recipe = Recipe {
             bits: 8,
@@ -210,7 +217,7 @@ impl Plan {
         Self::new(recipe, tower)
     }
 
-    fn place(&mut self, tower: &Tower) {
+    fn place(&mut self, tower: &Tower) -> Result<()> {
         let quantized: BTreeSet<String> = self
             .linears
             .iter()
@@ -222,16 +229,25 @@ impl Plan {
             .collect();
         let inside: BTreeSet<&str> = self.linears.iter().map(|linear| linear.name.as_str()).collect();
         let embedding = tower.embedding_name();
-        for name in tower.checkpoint.names() {
-            if quantized.contains(name) {
-                continue;
-            }
-            let Some(spec) = tower.checkpoint.spec(name) else {
-                continue;
-            };
+        let coded = tower.coded()?;
+        let parts: BTreeSet<String> = coded.iter().flat_map(|coded| coded.parts.clone()).collect();
+        let elements = |coded: &Coded| coded.spec.shape.iter().rev().take(2).product::<usize>() as u64;
+        self.reading_bytes = READING_BYTES_PER_CODE * coded.iter().map(elements).max().unwrap_or(0);
+        self.dequantized = coded;
+        self.dequantized
+            .retain(|coded| !quantized.contains(&coded.spec.name));
+        let is_plain = |name: &&str| !quantized.contains(*name) && !parts.contains(*name);
+        let plain = tower.checkpoint.names().filter(is_plain);
+        self.copied = plain.map(str::to_owned).collect();
+        let plain = self.copied.iter().filter_map(|name| tower.checkpoint.spec(name));
+        let values = self.dequantized.iter().map(|coded| coded.spec.clone());
+        let mut kept: Vec<TensorSpec> = plain.chain(values).collect();
+        kept.sort_by(|a, b| a.name.cmp(&b.name));
+        for spec in kept {
+            let name = &spec.name;
             if let Some(module) = name.strip_suffix(".weight")
                 && let [rows, columns] = spec.shape[..]
-                && name != embedding
+                && *name != embedding
                 && !inside.contains(module)
             {
                 let layout = LinearLayout {
@@ -242,7 +258,6 @@ impl Plan {
                 };
                 self.outside.push(layout);
             }
-            self.copied.push(name.to_owned());
             self.output.push(spec);
         }
         // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
@@ -255,16 +270,18 @@ impl Plan {
                 grid: None,
             });
         }
-        let quantized: Vec<TensorSpec> = self.linears.iter().flat_map(|linear| self.tensors(linear)).collect();
+        let quantized: Vec<TensorSpec> = self
+            .linears
+            .iter()
+            .flat_map(|linear| self.tensors(linear))
+            .collect();
         self.output.extend(quantized);
+        Ok(())
     }
 
     /// The tensors of a linear in the output's layout; none where it is left alone.
     pub fn tensors(&self, linear: &PlannedLinear) -> Vec<TensorSpec> {
-        let specs = |grid| {
-            self.format
-                .specs(&linear.name, linear.rows, linear.columns, grid)
-        };
+        let specs = |grid| self.format.specs(&linear.name, linear.rows, linear.columns, grid);
         linear.grid.map(specs).unwrap_or_default()
     }
 
@@ -370,7 +387,7 @@ impl Plan {
                 }
             }
         };
-        BASE_BYTES + (0..steps).map(peak).max().unwrap_or(0)
+        BASE_BYTES + self.reading_bytes + (0..steps).map(peak).max().unwrap_or(0)
     }
 
     /// Bytes of a block's sums in an artifact, and of those of one site that are added to them.

@@ -8,6 +8,7 @@ use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::formats::Reader;
 use crate::model::families;
 use crate::operators::Halt;
 use crate::pipelines::quantize::{Job, Summary, independent, quantize};
@@ -75,6 +76,8 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
             "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
+            "source_quantization": tower.reader().map(Reader::describe),
+            "dequantized": plan.dequantized.iter().map(|coded| &coded.spec.name).collect::<Vec<_>>(),
             "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
         }))?;
         return Ok(Outcome::Fine);
@@ -107,6 +110,13 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         );
     }
     println!("  {} tensors are copied as they are", plan.copied.len());
+    if let Some(reader) = tower.reader() {
+        println!(
+            "  the source is quantized: {}; {} weights that are left alone are written as their values",
+            reader.describe(),
+            plan.dequantized.len()
+        );
+    }
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",
@@ -212,6 +222,12 @@ fn print_summary(job: &Job, s: &Summary) {
         println!(
             "  kept         {} linears of the output that was there; the others were solved",
             s.reused_linears
+        );
+    }
+    if s.dequantized > 0 {
+        println!(
+            "  dequantized  {} weights that the source has quantized and the recipe leaves alone",
+            s.dequantized
         );
     }
     println!(

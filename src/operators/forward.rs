@@ -63,10 +63,7 @@ fn prefetch(local: &Local, step: u64) {
     if site == SiteKind::Qkv && local.index == 0 {
         for next in shared.plan.block_steps(block + 1) {
             for linear in shared.plan.step_linears(next) {
-                shared
-                    .tower
-                    .checkpoint
-                    .prefetch(&format!("{}.weight", linear.name));
+                shared.tower.prefetch(linear.block, &linear.spec);
             }
         }
     }
