@@ -15,7 +15,7 @@ use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
-use crate::plan::{Graph, Plan};
+use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, CpuClock, Observer, Row};
 use crate::storage::{self, FolderLock};
@@ -131,11 +131,11 @@ impl Job {
         Ok((tower, plan))
     }
 
-    /// Predicted peak of resident bytes, and the share of it that activations may take.
+    /// How the run fits into its budget, or into what the machine has.
     ///
     /// # Errors
     /// `--memory` is less than what the run needs without a single resident activation.
-    pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
+    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
         let graph = match (self.recipe.method, &self.statistics) {
             (Method::Rtn, _) => Graph::DataFree,
             (Method::Gptq, None) => Graph::Sequential,
@@ -143,15 +143,15 @@ impl Job {
                 held_out: artifact.header.origin.holds_out(),
             },
         };
-        let fixed = plan.fixed_bytes(
-            graph,
-            self.workers,
-            self.calibration.batch_tokens_max().max(PROBE_TOKENS),
-        );
-        let streams = 1 + usize::from(self.recipe.match_original > 0.0);
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
-        let activations = plan.activation_bytes(tokens.sum(), streams);
-        plan.fit(self.memory, fixed, activations, self.workers)
+        let load = Load {
+            graph,
+            workers: self.workers,
+            batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
+            tokens: tokens.sum(),
+            streams: 1 + usize::from(self.recipe.match_original > 0.0),
+        };
+        plan.fit(&load, self.memory, report::available_host_bytes())
     }
 
     /// Tokens behind the statistics.
@@ -219,7 +219,8 @@ pub(super) fn run(
             "collect them with: quantflow statistics collect --held-out 0.1; then quantflow solve",
         ));
     }
-    let (plan_peak, resident) = job.predict(&plan)?;
+    let fit = job.fit(&plan)?;
+    let plan_peak = fit.peak_host_bytes;
     let solved = match &job.statistics {
         Some(artifact) => resolve::keys(&plan, artifact)?,
         None => Vec::new(),
@@ -261,6 +262,8 @@ pub(super) fn run(
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
         plan,
+        fit,
+        scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches: job.calibration.batches.clone(),
         pass: match job.recipe.match_original > 0.0 {
             true => Pass::Both,
@@ -275,7 +278,7 @@ pub(super) fn run(
         halt: Arc::clone(halt),
     });
     if resumed_blocks < shared.plan.blocks() {
-        drive(job, &shared, resident as usize / job.workers)?;
+        drive(job, &shared)?;
     }
     let made = Made {
         fingerprint,
@@ -408,30 +411,22 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
     output.note(Record::Copied)
 }
 
-fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
+fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
     let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
     let units = left * 4 * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
-    let scratch = job
-        .scratch
-        .clone()
-        .unwrap_or_else(|| job.output.join(WORK_FOLDER));
     let order = job
         .arrival
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    workers::with_locals(
-        job.workers,
-        shared,
-        &scratch,
-        resident,
-        move |worker, local| match (method, &statistics) {
+    workers::with_locals(job.workers, shared, move |worker, local| {
+        match (method, &statistics) {
             (Method::Rtn, _) => data_free::run(worker, local),
             (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),
             (Method::Gptq, None) => sequential::build(worker, local, &order),
-        },
-    )
+        }
+    })
 }
 
 /// What a finished run tells beside its tensors.

@@ -12,6 +12,7 @@ use crate::calibration::{ContentId, Placed};
 use crate::checkpoint::{self, Checkpoint, hex, read_json};
 use crate::error::{Error, IoContext, Result};
 use crate::formats::TensorSpec;
+use crate::memory::{Region, Room};
 use crate::model::SiteKind;
 use crate::statistics::{Exponents, Product, SiteStatistics};
 use crate::storage;
@@ -19,7 +20,6 @@ use bytemuck::allocation::pod_collect_to_vec;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -250,11 +250,11 @@ impl Artifact {
         &self.folder
     }
 
-    /// Reads the sums of a site.
+    /// Reads the sums of a site, into `room`.
     ///
     /// # Errors
     /// The block's file is missing, damaged or of another model.
-    pub fn site(&self, block: usize, site: SiteKind) -> Result<SiteStatistics> {
+    pub fn site(&self, block: usize, site: SiteKind, room: &Room) -> Result<SiteStatistics> {
         let file = self.header.blocks.get(block).ok_or_else(|| {
             Error::invalid(
                 self.folder.display().to_string(),
@@ -280,11 +280,16 @@ impl Artifact {
             Exponents::from_values(exponents),
             self.header.origin.products(),
             tokens.first().copied().unwrap_or(0),
-            |product, first_row| {
+            room,
+            |product, first_row, sums| {
                 let name = panel_name(site, product, first_row);
-                let sums = pod_collect_to_vec(bytes(&name, Dtype::I64)?);
+                let (bytes, sums) = (bytes(&name, Dtype::I64)?, bytemuck::cast_slice_mut(sums));
+                if bytes.len() != sums.len() {
+                    return Err(damaged(&path, &format!("{name} has another length")));
+                }
+                sums.copy_from_slice(bytes);
                 tensors.release(&name);
-                Ok(sums)
+                Ok(())
             },
         )
     }
@@ -312,7 +317,7 @@ impl Artifact {
     /// # Errors
     /// More was taken away than there is, or the disk is full.
     pub fn write_block(&self, block: usize, sites: &[SiteStatistics]) -> Result<String> {
-        let mut tensors: Vec<(TensorSpec, Cow<'_, [u8]>)> = Vec::new();
+        let mut tensors: Vec<(TensorSpec, Content<'_>)> = Vec::new();
         for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
             let tokens = u64::try_from(statistics.tokens()).map_err(|_| {
                 Error::invalid(
@@ -328,14 +333,14 @@ impl Artifact {
                     dtype: Dtype::I64,
                     shape: vec![panel.sums.len() / columns, columns],
                 };
-                tensors.push((spec, Cow::Borrowed(bytemuck::cast_slice(&panel.sums))));
+                tensors.push((spec, Content::Sums(&panel.sums)));
             }
             let spec = TensorSpec {
                 name: tensor_name(site, "tokens"),
                 dtype: Dtype::U64,
                 shape: vec![1],
             };
-            tensors.push((spec, Cow::Owned(tokens.to_le_bytes().to_vec())));
+            tensors.push((spec, Content::Tokens(tokens)));
         }
         // Widest dtype first keeps every tensor aligned.
         for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
@@ -345,17 +350,21 @@ impl Artifact {
                 dtype: Dtype::I32,
                 shape: vec![values.len()],
             };
-            tensors.push((spec, Cow::Borrowed(bytemuck::cast_slice(values))));
+            tensors.push((spec, Content::Exponents(values)));
         }
         let specs: Vec<&TensorSpec> = tensors.iter().map(|(spec, _)| spec).collect();
         let header = checkpoint::header(HEADER, &specs)?;
         let mut hash = Sha256::new();
         hash.update(&header);
-        tensors.iter().for_each(|(_, bytes)| hash.update(bytes));
+        for (_, content) in &tensors {
+            content.with(|bytes| hash.update(bytes));
+        }
         let name = file_name(block, &hash.finalize());
         storage::write_whole_with(&self.folder.join(&name), |file| {
             file.write_all(&header)?;
-            tensors.iter().try_for_each(|(_, bytes)| file.write_all(bytes))
+            tensors
+                .iter()
+                .try_for_each(|(_, content)| content.with(|bytes| file.write_all(bytes)))
         })?;
         Ok(name)
     }
@@ -375,6 +384,24 @@ impl Artifact {
             }
         }
         Ok(())
+    }
+}
+
+/// What a tensor of a block's file holds.
+enum Content<'a> {
+    Sums(&'a Region<i64>),
+    Tokens(u64),
+    Exponents(&'a [i32]),
+}
+
+impl Content<'_> {
+    /// Hands over the bytes; sums are resident no longer than that.
+    fn with<T>(&self, take: impl FnOnce(&[u8]) -> T) -> T {
+        match self {
+            Self::Sums(sums) => take(bytemuck::cast_slice(&sums.read())),
+            Self::Tokens(tokens) => take(&tokens.to_le_bytes()),
+            Self::Exponents(values) => take(bytemuck::cast_slice(values)),
+        }
     }
 }
 

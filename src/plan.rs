@@ -1,10 +1,13 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
+mod memory;
+
+pub use memory::{Fit, Graph, Load};
+
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
-use crate::numerics::panels::{PANEL_ROWS, Shape};
 use crate::recipe::{Method, Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,14 +16,8 @@ use std::ops::Range;
 
 /// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
 pub const CHUNK_ROWS: usize = 128;
-/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
-const BASE_BYTES: u64 = 64 << 20;
-
 /// A quantized weight on its way from the memory map to f32: its stored bytes, and a byte a code.
 const READING_BYTES_PER_CODE: u64 = 2;
-
-/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
-const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
 
 /// One linear of a block.
 #[derive(Clone, Debug)]
@@ -335,145 +332,6 @@ impl Plan {
             grid: linear.grid,
         });
         inside.chain(self.outside.iter().cloned()).collect()
-    }
-
-    /// Bytes between two steps of `tokens` tokens: the residual in f32, the widest input in 16 bits.
-    pub fn activation_bytes(&self, tokens: usize, streams: usize) -> u64 {
-        let widths = self.linears.first().map_or(0, |l| l.columns * 4)
-            + self.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
-        (tokens * streams * widths) as u64
-    }
-
-    /// Predicted peak of resident bytes, and the share of it that activations may take, where everything else takes `fixed`.
-    ///
-    /// # Errors
-    /// `memory`, the budget, is less than `fixed`.
-    pub fn fit(
-        &self,
-        memory: Option<u64>,
-        fixed: u64,
-        activations: u64,
-        workers: usize,
-    ) -> Result<(u64, u64)> {
-        let resident = match memory {
-            None => RESIDENT_BYTES_DEFAULT,
-            Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
-                Error::usage(
-                    "--memory",
-                    format!("{budget} bytes do not hold one block of this model with {workers} workers"),
-                    format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
-                )
-            })?,
-        };
-        let resident = resident.min(activations);
-        Ok((fixed + resident, resident))
-    }
-
-    /// Predicted peak of resident bytes besides activations, of `graph` on `workers` threads with at most `batch_tokens` tokens a batch:
-    /// that of the largest phase of the largest step.
-    pub fn fixed_bytes(&self, graph: Graph, workers: usize, batch_tokens: usize) -> u64 {
-        let needs = |step| Needs::new(self, graph, step, workers as u64, batch_tokens as u64);
-        let steps = self.steps();
-        let peak = |step: u64| {
-            let own = needs(step);
-            match graph {
-                Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
-                Graph::Statistics { .. } => own.forward + self.block_sum_bytes(graph),
-                Graph::DataFree => own.solve.max(own.install),
-                // The next step is loaded and factored while this one is solved.
-                Graph::Solve { .. } => {
-                    let next = needs((step + 1).min(steps - 1)).factor;
-                    own.solve.max(own.install) + next
-                }
-            }
-        };
-        BASE_BYTES + self.reading_bytes + (0..steps).map(peak).max().unwrap_or(0)
-    }
-
-    /// Bytes of a block's sums in an artifact, and of those of one site that are added to them.
-    fn block_sum_bytes(&self, graph: Graph) -> u64 {
-        let sites = self
-            .block_steps(0)
-            .map(|step| Needs::new(self, graph, step, 1, 0).sums);
-        sites.clone().sum::<u64>() + sites.max().unwrap_or(0)
-    }
-}
-
-/// Which graph runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Graph {
-    /// Statistics, solve and forward, step by step.
-    Sequential,
-    /// Statistics alone.
-    Statistics {
-        /// Some batches are summed apart.
-        held_out: bool,
-    },
-    /// From an artifact.
-    Solve {
-        /// It has sums apart.
-        held_out: bool,
-    },
-    /// Round to nearest.
-    DataFree,
-}
-
-/// Bytes that a step has resident in each of its phases, activations between steps aside.
-struct Needs {
-    /// Exact sums, packed.
-    sums: u64,
-    /// The weights that carry the batches here, a batch a worker on its way, the sums.
-    forward: u64,
-    /// Sums in f64, factors, and what is kept of both.
-    factor: u64,
-    /// Factors, original weights, codes, a chunk a worker.
-    solve: u64,
-    /// Codes, packed tensors, weights as the next forward passes need them.
-    install: u64,
-}
-
-impl Needs {
-    fn new(plan: &Plan, graph: Graph, step: u64, workers: u64, tokens: u64) -> Self {
-        let recipe = &plan.recipe;
-        let matching = u64::from(graph == Graph::Sequential && recipe.match_original > 0.0);
-        let refined = u64::from(recipe.refine_rounds() > 0);
-        let held_out = match graph {
-            Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
-            Graph::Sequential | Graph::DataFree => 0,
-        };
-        let linears = plan.step_linears(step);
-        let before = plan.step_linears(step.max(1) - 1);
-        let width = linears.first().map_or(0, |linear| linear.columns);
-        let elements = |shape: Shape| (shape.elements(width) * 8) as u64;
-        let (half, full) = (elements(Shape::Upper), elements(Shape::Full));
-        let weights = |linears: &[PlannedLinear]| -> u64 {
-            linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
-        };
-        let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
-            .map(|linear| (linear.rows * linear.columns) as u64)
-            .sum();
-        let rows = |linears: &[PlannedLinear]| -> u64 { linears.iter().map(|l| l.rows as u64).sum() };
-        let width = width as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products.
-        let carried = 3 * rows(before) / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * matching;
-        let sums = half * (1 + held_out) + full * matching;
-        let factors = match graph {
-            Graph::DataFree => 0,
-            _ => recipe.damp_percent.candidates().len() as u64,
-        };
-        // Target, codes, sums to the later columns and outputs; errors and gradient of the refinement; the weights as they came.
-        let chunk = CHUNK_ROWS as u64 * width * (8 * (4 + 2 * refined) + 4);
-        let kept = factors * (half + refined * full) + full * matching + half * held_out;
-        Self {
-            sums,
-            forward: weights(before) * (1 + matching) + workers * batch + sums,
-            factor: kept + half,
-            solve: kept + weights(linears) + 2 * codes + workers * chunk,
-            install: 3 * codes / 2 + weights(linears) * (1 + matching),
-        }
     }
 }
 

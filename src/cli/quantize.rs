@@ -61,7 +61,8 @@ fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome
 pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
     let job = job(arguments)?;
     let (tower, plan) = job.plan()?;
-    let (peak, resident) = job.predict(&plan)?;
+    let fit = job.fit(&plan)?;
+    let spilled = fit.spilled.iter().filter(|spilled| **spilled).count();
     let quantized: Vec<_> = plan
         .linears
         .iter()
@@ -75,7 +76,8 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
             .collect();
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
-            "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
+            "plan_peak_host_bytes": fit.peak_host_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
+            "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled,
             "source_quantization": tower.reader().map(Reader::describe),
             "dequantized": plan.dequantized.iter().map(|coded| &coded.spec.name).collect::<Vec<_>>(),
             "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
@@ -120,8 +122,13 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",
-        bytes(peak),
+        bytes(fit.peak_host_bytes),
         job.workers
+    );
+    println!(
+        "scratch       {}, with the matrices of {spilled} of {} steps",
+        bytes(fit.scratch_bytes),
+        plan.steps()
     );
     println!(
         "output        {} ({} now), {}",

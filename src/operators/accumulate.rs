@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::statistics::{Accumulator, Exponents, SiteStatistics};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use timely::container::CapacityContainerBuilder;
@@ -19,10 +20,11 @@ use timely::dataflow::operators::{Capability, Operator};
 pub struct Sums(Mutex<BTreeMap<u64, Arc<Accumulator>>>);
 
 impl Sums {
-    fn begin(&self, step: u64, new: impl FnOnce() -> SiteStatistics) -> Result<()> {
+    fn begin(&self, step: u64, new: impl FnOnce() -> Result<SiteStatistics>) -> Result<()> {
         let mut sums = self.0.lock().map_err(|_| poisoned())?;
-        sums.entry(step)
-            .or_insert_with(|| Arc::new(Accumulator::from(new())));
+        if let Entry::Vacant(place) = sums.entry(step) {
+            place.insert(Arc::new(Accumulator::from(new()?)));
+        }
         Ok(())
     }
 
@@ -89,7 +91,7 @@ fn add(local: &Local, step: u64, record: &SiteInput) -> Result<()> {
     if record.probe {
         return shared.sums.begin(step, || {
             let exponents = Exponents::from_probe(&x, x.len() / shared.probe.len());
-            SiteStatistics::new(exponents, shared.pass.products())
+            SiteStatistics::new(exponents, shared.pass.products(), &shared.room(step))
         });
     }
     // The sums of a step without a linear to quantize would serve nothing.

@@ -3,7 +3,8 @@
 use super::local::Local;
 use super::records::{Factored, Merged};
 use crate::error::{Error, Result};
-use crate::numerics::factor::{Factor, shift};
+use crate::memory::Room;
+use crate::numerics::factor::{Factor, Factoring, shift};
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -42,19 +43,32 @@ pub fn factor<'scope>(
                             let gram = products
                                 .gram
                                 .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
-                            let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+                            let room = local.shared.room(step);
                             let refined = recipe.refine_rounds() > 0;
-                            let factor = |damp| {
-                                Factor::new(name, &gram, shift.clone(), damp, recipe.actorder, refined)
+                            // What lies in files is read by whole rows.
+                            let gram = match refined || matches!(room, Room::Scratch(_)) {
+                                true => gram.into_full(&room)?,
+                                false => gram,
+                            };
+                            let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+                            let gram = Arc::new(gram);
+                            let factor = |damp_percent| {
+                                let how = Factoring {
+                                    damp_percent,
+                                    column_order: recipe.actorder,
+                                    room: &room,
+                                    threads: local.peers,
+                                };
+                                let factor = Factor::new(name, &gram, shift.clone(), how)?;
+                                Ok(Arc::new(match refined {
+                                    true => factor.with_gram(Arc::clone(&gram)),
+                                    false => factor,
+                                }))
                             };
                             let damps = recipe.damp_percent.candidates().into_iter();
-                            let factors = damps
-                                .map(|damp| factor(damp).map(Arc::new))
-                                .collect::<Result<_>>()?;
-                            let held_out = products.held_out;
                             Ok(Factored {
-                                factors,
-                                held_out: held_out.map(Arc::new),
+                                factors: damps.map(factor).collect::<Result<_>>()?,
+                                held_out: products.held_out.map(Arc::new),
                                 tokens,
                             })
                         });

@@ -29,7 +29,7 @@ pub fn keep<'scope>(
             let (block, site) = shared.plan.step(step);
             for Merged(mut sums) in merged {
                 if !artifact.header.blocks.is_empty() {
-                    sums.merge(&artifact.site(block, site)?)?;
+                    sums.merge(&artifact.site(block, site, &shared.room(step))?)?;
                 }
                 block_sums.push(sums);
             }

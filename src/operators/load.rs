@@ -4,6 +4,7 @@ use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
+use crate::memory::Room;
 use crate::statistics::{Exponents, SiteStatistics};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -38,10 +39,10 @@ pub fn load<'scope>(
 
 fn read(local: &Local, artifact: &Artifact, step: u64) -> Result<SiteStatistics> {
     if !local.shared.plan.is_active(step) {
-        return Ok(SiteStatistics::new(Exponents::from_values(Vec::new()), &[]));
+        return SiteStatistics::new(Exponents::from_values(Vec::new()), &[], &Room::Memory);
     }
     let (block, site) = local.shared.plan.step(step);
-    let sums = artifact.site(block, site)?;
+    let sums = artifact.site(block, site, &local.shared.room(step))?;
     let wanted = local
         .shared
         .plan
