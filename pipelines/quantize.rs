@@ -5,8 +5,9 @@ use super::statistics::{self, Change};
 use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
-use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, hex};
+use crate::checkpoint::{OutputLayout, OutputWriter, hex};
 use crate::error::{Error, IoContext, Result};
+use crate::formats::{CONFIG_KEYS, Reader};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
@@ -96,6 +97,8 @@ pub struct Summary {
     pub resumed_blocks: usize,
     /// Linears that were copied from the output that was there before.
     pub reused_linears: usize,
+    /// Weights that the source has quantized and the recipe leaves alone, written as their values.
+    pub dequantized: usize,
     /// SHA-256 over the bytes of the output's tensors in name order.
     pub output_digest: String,
     /// What the calibration used and left out.
@@ -244,6 +247,14 @@ pub(super) fn run(
             "kept: {} of {} linears are what is wanted",
             kept.len(),
             solved.len()
+        ));
+    }
+    if let Some(first) = plan.dequantized.first() {
+        observer.note(&format!(
+            "the source has {} weights quantized that the recipe leaves alone: they are written as their values in {:?}, {} first",
+            plan.dequantized.len(),
+            first.spec.dtype,
+            first.spec.name
         ));
     }
     prepare_folder(job)?;
@@ -405,6 +416,9 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
     for name in &plan.copied {
         writer.copy(name, &tower.checkpoint)?;
     }
+    for coded in &plan.dequantized {
+        writer.write_pieces(&coded.spec.name, |write| tower.dequantize(coded, write))?;
+    }
     if let Some(earlier) = earlier {
         earlier.copy(plan, writer)?;
     }
@@ -468,6 +482,11 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         .writer
         .ok_or_else(|| Error::Worker("this run writes no checkpoint".into()))?;
     let output_digest = writer.digest()?;
+    let dequantized: Vec<&str> = plan
+        .dequantized
+        .iter()
+        .map(|coded| coded.spec.name.as_str())
+        .collect();
     let output_bytes = writer
         .layout()
         .tensors()
@@ -480,7 +499,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
     for (name, content) in plan.format.side_files(&layouts) {
         storage::write_json(&folder.join(name), &content)?;
     }
-    copy_side_files(&tower.checkpoint, folder)?;
+    copy_side_files(&tower, folder)?;
     storage::write_whole(&folder.join(REPORT), report::to_json_lines(&rows)?.as_bytes())?;
     let mut summary = Summary {
         output: folder.clone(),
@@ -499,6 +518,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         output_bytes,
         resumed_blocks: 0,
         reused_linears,
+        dequantized: dequantized.len(),
         output_digest,
         calibration: job.calibration.usage.clone(),
         operators: clock.seconds(),
@@ -508,6 +528,8 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         "quantflow": env!("CARGO_PKG_VERSION"),
         "recipe": job.recipe,
         "architecture": tower.spec.architecture,
+        "source_quantization": tower.reader().map(Reader::describe),
+        "dequantized": dequantized,
         "fingerprint": made.fingerprint,
         "output_digest": summary.output_digest,
         "calibration_tokens": summary.calibration_tokens,
@@ -517,6 +539,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
     });
     storage::write_json(&folder.join(PROVENANCE), &provenance)?;
     let mut config = tower.checkpoint.config().clone();
+    forget_quantization(&mut config);
     if let Some(config) = config.as_object_mut() {
         config.insert(
             "quantization_config".into(),
@@ -545,11 +568,28 @@ fn rows(output: &Output) -> Vec<Row> {
     blocks.into_iter().flat_map(|(_, rows)| rows).collect()
 }
 
-fn copy_side_files(source: &Checkpoint, folder: &Path) -> Result<()> {
+fn copy_side_files(tower: &Tower, folder: &Path) -> Result<()> {
+    let source = &tower.checkpoint;
     for name in source.side_files()? {
-        if !["config.json", "quantize_config.json", PROVENANCE].contains(&name.as_str()) {
+        let replaced = ["config.json", "quantize_config.json", PROVENANCE];
+        // llm-compressor's record of how the source was quantized would not be true of the output.
+        let untrue = tower.reader().is_some() && name == "recipe.yaml";
+        if !replaced.contains(&name.as_str()) && !untrue {
             storage::copy_whole(&source.folder().join(&name), &folder.join(&name))?;
         }
     }
     Ok(())
+}
+
+/// Takes the source's quantization out of a `config.json`.
+fn forget_quantization(config: &mut serde_json::Value) {
+    for key in CONFIG_KEYS {
+        let (parent, key) = key.rsplit_once('/').unwrap_or(("", key));
+        if let Some(parent) = config
+            .pointer_mut(parent)
+            .and_then(|parent| parent.as_object_mut())
+        {
+            parent.shift_remove(key);
+        }
+    }
 }

@@ -9,7 +9,7 @@ pub use memory::{Fit, Graph, Load};
 use self::steps::Step;
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
-use crate::model::{LinearSpec, SiteKind, Tower};
+use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
 use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
@@ -19,6 +19,9 @@ use std::ops::Range;
 
 /// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
 pub const CHUNK_ROWS: usize = 128;
+/// A quantized weight on its way from the memory map to f32: its stored bytes, and a byte a code.
+const READING_BYTES_PER_CODE: u64 = 2;
+
 /// One linear of a block.
 #[derive(Clone, Debug)]
 pub struct PlannedLinear {
@@ -84,6 +87,9 @@ pub struct Plan {
     pub linears: Vec<PlannedLinear>,
     /// Tensors that are copied byte for byte.
     pub copied: Vec<String>,
+    /// Weights that are left alone, but that the source has quantized: they are written as their values, since the output's config
+    /// speaks of the new scheme alone.
+    pub dequantized: Vec<Coded>,
     /// All tensors of the output, in the order in which shards are filled.
     pub output: Vec<TensorSpec>,
     /// Linears outside the blocks (head, vision tower, projector), for the output's ignore list.
@@ -94,6 +100,8 @@ pub struct Plan {
     experts_per_step: usize,
     /// Bytes that a token has between two steps.
     token_bytes: usize,
+    /// What it takes to dequantize the source's largest weight, besides the result.
+    reading_bytes: u64,
 }
 
 impl std::fmt::Debug for Plan {
@@ -109,7 +117,8 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, or an unusable `ignore`.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a weight that is missing,
+    /// misshapen or stored in a way that cannot be read.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
         let plan = Self::of(recipe, tower)?;
         check_fused(tower, &plan.linears)?;
@@ -118,12 +127,8 @@ impl Plan {
 
     fn of(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
-        if tower.checkpoint.config().get("quantization_config").is_some() {
-            return Err(Error::invalid(
-                tower.checkpoint.folder().display().to_string(),
-                "is already quantized (config.json has a quantization_config)",
-                "start from the original checkpoint",
-            ));
+        if let Some(reader) = tower.reader() {
+            reader.expect_weights_alone()?;
         }
         if recipe.all_experts && !tower.spec.layers.iter().any(|layer| layer.mixture) {
             return Err(Error::usage(
@@ -141,6 +146,7 @@ impl Plan {
                 for spec in tower.spec.linears(block, site) {
                     let index = linears.len();
                     let name = tower.linear_name(block, &spec);
+                    tower.expect_linear(block, &spec)?;
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
                         false => {
@@ -173,16 +179,18 @@ impl Plan {
             format,
             linears,
             copied: Vec::new(),
+            dequantized: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
             steps: Vec::new(),
             blocks: tower.blocks(),
             experts_per_step: 1,
             token_bytes: 0,
+            reading_bytes: 0,
         };
         plan.token_bytes = steps::token_bytes(tower, &plan.linears);
         plan.cut(1);
-        plan.place(tower);
+        plan.place(tower)?;
         Ok(plan)
     }
 
@@ -205,7 +213,7 @@ impl Plan {
     /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
     ///
     /// # Errors
-    /// The checkpoint is already quantized, or has no experts and `all_experts` is asked for.
+    /// As [`Self::new`]; or `all_experts` is asked for where there are none.
     pub fn for_statistics(tower: &Tower, all_experts: bool) -> Result<Self> {
         let recipe = Recipe {
             bits: 8,
@@ -217,7 +225,7 @@ impl Plan {
         Self::of(recipe, tower)
     }
 
-    fn place(&mut self, tower: &Tower) {
+    fn place(&mut self, tower: &Tower) -> Result<()> {
         let quantized: BTreeSet<String> = self
             .linears
             .iter()
@@ -229,16 +237,25 @@ impl Plan {
             .collect();
         let inside: BTreeSet<&str> = self.linears.iter().map(|linear| linear.name.as_str()).collect();
         let embedding = tower.embedding_name();
-        for name in tower.checkpoint.names() {
-            if quantized.contains(name) {
-                continue;
-            }
-            let Some(spec) = tower.checkpoint.spec(name) else {
-                continue;
-            };
+        let coded = tower.coded()?;
+        let parts: BTreeSet<String> = coded.iter().flat_map(|coded| coded.parts.clone()).collect();
+        let elements = |coded: &Coded| coded.spec.shape.iter().rev().take(2).product::<usize>() as u64;
+        self.reading_bytes = READING_BYTES_PER_CODE * coded.iter().map(elements).max().unwrap_or(0);
+        self.dequantized = coded;
+        self.dequantized
+            .retain(|coded| !quantized.contains(&coded.spec.name));
+        let is_plain = |name: &&str| !quantized.contains(*name) && !parts.contains(*name);
+        let plain = tower.checkpoint.names().filter(is_plain);
+        self.copied = plain.map(str::to_owned).collect();
+        let plain = self.copied.iter().filter_map(|name| tower.checkpoint.spec(name));
+        let values = self.dequantized.iter().map(|coded| coded.spec.clone());
+        let mut kept: Vec<TensorSpec> = plain.chain(values).collect();
+        kept.sort_by(|a, b| a.name.cmp(&b.name));
+        for spec in kept {
+            let name = &spec.name;
             if let Some(module) = name.strip_suffix(".weight")
                 && let [rows, columns] = spec.shape[..]
-                && name != embedding
+                && *name != embedding
                 && !inside.contains(module)
             {
                 let layout = LinearLayout {
@@ -249,7 +266,6 @@ impl Plan {
                 };
                 self.outside.push(layout);
             }
-            self.copied.push(name.to_owned());
             self.output.push(spec);
         }
         // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
@@ -268,6 +284,7 @@ impl Plan {
             .flat_map(|linear| self.tensors(linear))
             .collect();
         self.output.extend(quantized);
+        Ok(())
     }
 
     /// The tensors of a linear in the output's layout; none where it is left alone.

@@ -5,6 +5,7 @@ use super::quantize::job;
 use super::text::{bytes, ranges, seconds};
 use super::{Outcome, print_json};
 use crate::error::Result;
+use crate::formats::Reader;
 use crate::model::{SiteKind, Tower};
 use crate::numerics::speed::Speed;
 use crate::pipelines::quantize::Job;
@@ -44,6 +45,8 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears, "sites": sites,
             "plan_peak_host_bytes": fit.peak_host_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
             "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled, "seconds": total,
+            "source_quantization": tower.reader().map(Reader::describe),
+            "dequantized": plan.dequantized.iter().map(|coded| &coded.spec.name).collect::<Vec<_>>(),
             "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
         }))?;
         return Ok(Outcome::Fine);
@@ -56,6 +59,13 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
     );
     print_linears(&tower, &plan);
     println!("  {} tensors are copied as they are", plan.copied.len());
+    if let Some(reader) = tower.reader() {
+        println!(
+            "  the source is quantized: {}; {} weights that are left alone are written as their values",
+            reader.describe(),
+            plan.dequantized.len()
+        );
+    }
     for (name, site) in &sites {
         println!(
             "  {name:<20} {:>5} steps, at most {} each, {}{}",

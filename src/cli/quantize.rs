@@ -147,6 +147,12 @@ fn print_summary(job: &Job, s: &Summary) {
             s.reused_linears
         );
     }
+    if s.dequantized > 0 {
+        println!(
+            "  dequantized  {} weights that the source has quantized and the recipe leaves alone",
+            s.dequantized
+        );
+    }
     println!(
         "  quality      mean output error {:.3} %; measure it: quantflow evaluate",
         s.relative_error_mean * 100.0

@@ -188,7 +188,7 @@ impl Plan {
                 own.solve.max(own.install) + next.unwrap_or(0)
             }
         };
-        BASE_BYTES + bytes
+        BASE_BYTES + self.reading_bytes + bytes
     }
 
     fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
