@@ -255,16 +255,17 @@ impl Plan {
                 grid: None,
             });
         }
-        let quantized: Vec<TensorSpec> = self.linears.iter().flat_map(|linear| self.tensors(linear)).collect();
+        let quantized: Vec<TensorSpec> = self
+            .linears
+            .iter()
+            .flat_map(|linear| self.tensors(linear))
+            .collect();
         self.output.extend(quantized);
     }
 
     /// The tensors of a linear in the output's layout; none where it is left alone.
     pub fn tensors(&self, linear: &PlannedLinear) -> Vec<TensorSpec> {
-        let specs = |grid| {
-            self.format
-                .specs(&linear.name, linear.rows, linear.columns, grid)
-        };
+        let specs = |grid| self.format.specs(&linear.name, linear.rows, linear.columns, grid);
         linear.grid.map(specs).unwrap_or_default()
     }
 
@@ -471,13 +472,13 @@ fn patterns(flag: &str, patterns: &[String]) -> Result<RegexSet> {
 }
 
 /// The recipe as each linear has it.
-struct Schemes<'a> {
+pub(crate) struct Schemes<'a> {
     recipe: &'a Recipe,
     targets: Vec<(RegexSet, &'a Scheme)>,
 }
 
 impl<'a> Schemes<'a> {
-    fn new(recipe: &'a Recipe) -> Result<Self> {
+    pub(crate) fn new(recipe: &'a Recipe) -> Result<Self> {
         let targets = recipe.schemes.iter().map(|scheme| {
             if scheme.targets.is_empty() {
                 return Err(Error::usage(
@@ -494,7 +495,7 @@ impl<'a> Schemes<'a> {
         })
     }
 
-    fn find(&self, name: &str) -> Option<&'a Scheme> {
+    pub(crate) fn find(&self, name: &str) -> Option<&'a Scheme> {
         let mut targets = self.targets.iter();
         targets
             .find(|(targets, _)| targets.is_match(name))

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// Modules in layers: a module may import from its own layer's earlier lines and from the layers before.
-const LAYERS: [&[&str]; 9] = [
+const LAYERS: [&[&str]; 10] = [
     &["error"],
     &["storage", "report", "numerics"],
     &["formats"],
     &["checkpoint", "ledger"],
     &["model", "statistics", "calibration", "recipe"],
     &["plan", "artifact"],
+    &["allocation"],
     &["operators"],
     &["pipelines"],
     &["cli"],

@@ -3,10 +3,12 @@
 
 pub mod accumulate;
 pub mod activations;
+pub mod carry;
 pub mod commit;
 pub mod embed;
 pub mod factor;
 pub mod forward;
+pub mod gather;
 pub mod groups;
 pub mod install;
 pub mod keep;
@@ -14,8 +16,10 @@ pub mod kept;
 pub mod load;
 pub mod local;
 pub mod pack;
+pub mod predict;
 pub mod records;
 pub mod solve;
+pub mod spread;
 pub mod stages;
 mod step_end;
 
