@@ -176,35 +176,28 @@ pub fn allocate(
         &artifact.folder().display().to_string(),
         &tower.checkpoint.digest(),
     )?;
-    let of = digest(&plan, artifact);
     let sensitivity = match &wanted.measured {
-        From::File(path) => read(path, &of)?,
-        From::Windows(windows) => {
-            quantize::expect_own_folder(job)?;
-            let work = job.output.join(WORK_FOLDER).join("allocation");
-            storage::create_folder(&work)?;
-            let measured = sense(job, artifact, (&plan, &units), windows, &work, of, observer, halt)?;
-            storage::remove(&work)?;
-            measured
-        }
+        From::File(path) => read(path, &digest(&plan, artifact))?,
+        From::Windows(windows) => sense(job, artifact, &plan, &units, windows, observer, halt)?,
     };
     let widths = allocation::allocate(&units, &sensitivity, wanted.average_bits)?;
     let recipe = allocation::recipe(&plan, &tower, &units, &widths)?;
     report(&tower, &plan, &units, &widths, wanted, recipe, sensitivity)
 }
 
-/// Predicts, solves at one width into `work`, and measures each unit that has a choice.
-#[allow(clippy::too_many_arguments)]
+/// Predicts, solves at one width into the work folder, and measures each unit that has a choice.
 fn sense(
     job: &Job,
     artifact: &Arc<Artifact>,
-    (plan, units): (&Plan, &[Unit]),
+    plan: &Plan,
+    units: &[Unit],
     windows: &Calibration,
-    work: &Path,
-    of: String,
     observer: &Arc<dyn Observer>,
     halt: &Arc<Halt>,
 ) -> Result<Sensitivity> {
+    quantize::expect_own_folder(job)?;
+    let work = job.output.join(WORK_FOLDER).join("allocation");
+    storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
     let mut recipe = job.recipe.clone();
     recipe.bits = probe_bits;
@@ -220,7 +213,7 @@ fn sense(
         ..job.clone()
     };
     let widths = crate::recipe::BITS;
-    let losses = predict::losses(&probe, artifact, &widths, work, observer, halt)?;
+    let losses = predict::losses(&probe, artifact, &widths, &work, observer, halt)?;
     // Its report is no result of this run.
     resolve::solve(&probe, &(Arc::new(Silent) as Arc<dyn Observer>), halt)?;
     let open: Vec<&Unit> = units.iter().filter(|unit| unit.widths.len() > 1).collect();
@@ -234,12 +227,13 @@ fn sense(
             model: probe.output,
             parts: parts.collect(),
             windows: windows.clone(),
-            scratch: work.to_owned(),
+            scratch: work.clone(),
             workers: job.workers,
         },
         observer,
         halt,
     )?;
+    storage::remove(&work)?;
     let mut kl = kl.into_iter();
     let measured = units.iter().map(|unit| {
         let loss = |position: usize| unit.linears.iter().map(|&at| losses[at][position]).sum::<f64>();
@@ -255,7 +249,7 @@ fn sense(
         }
     });
     Ok(Sensitivity {
-        of,
+        of: digest(plan, artifact),
         probe_bits,
         positions,
         units: measured.collect(),

@@ -4,7 +4,7 @@ use super::arguments::SweepArguments;
 use super::evaluate::windows;
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
-use crate::error::{Error, Result};
+use crate::error::{IoContext, Result};
 use crate::operators::Halt;
 use crate::pipelines::quantize::Job;
 use crate::pipelines::sweep::{Sweep, Tried, sweep};
@@ -17,21 +17,16 @@ pub(super) fn run(arguments: &SweepArguments, halt: &Arc<Halt>) -> Result<Outcom
     recipe.match_original = 0.0;
     recipe.group_fallback |= arguments.group_fallback;
     // Outputs that nobody asked for lie in a folder that goes when this function ends, however it ends.
-    let temporary = match (&arguments.output, &arguments.resources.scratch) {
-        (Some(_), _) => None,
-        (None, Some(scratch)) => Some(tempfile::tempdir_in(scratch)),
-        (None, None) => Some(tempfile::tempdir()),
-    };
-    let temporary = temporary.transpose().map_err(|source| Error::Io {
-        action: "create",
-        path: std::env::temp_dir(),
-        source,
-    })?;
-    let output = match (&arguments.output, &temporary) {
-        (Some(folder), _) => folder.clone(),
-        (None, Some(folder)) => folder.path().to_owned(),
-        (None, None) => unreachable!("there is one or the other"),
-    };
+    let scratch = arguments
+        .resources
+        .scratch
+        .clone()
+        .unwrap_or_else(std::env::temp_dir);
+    let temporary = tempfile::tempdir_in(&scratch).context("create a folder in", &scratch)?;
+    let output = arguments
+        .output
+        .clone()
+        .unwrap_or_else(|| temporary.path().to_owned());
     let (tokens, text) = (arguments.tokens.as_deref(), arguments.text.as_deref());
     let job = Sweep {
         base: Job {
@@ -73,7 +68,7 @@ fn print(row: &Tried) {
     let optional =
         |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
     println!(
-        "{:>4} {:>6} {:>10.3} {:>10.1} {:>10.5} {:>10} {:>8.1} {:>8} {:>10}",
+        "{:>4} {:>6} {:>10.3} {:>10.1} {:>10.5} {:>10} {:>8.1} {:>8} {:>10}{}",
         row.bits,
         match row.group_size {
             0 => "row".into(),
@@ -86,5 +81,9 @@ fn print(row: &Tried) {
         row.solve_seconds,
         optional(row.scores.as_ref().map(|scores| scores.kl_mean), 4),
         optional(row.scores.as_ref().map(|scores| scores.perplexity), 2),
+        match row.fallbacks {
+            0 => String::new(),
+            count => format!("  {count} warnings"),
+        },
     );
 }
