@@ -13,7 +13,7 @@ use super::sensitivity::{Measurement, measure};
 use super::{predict, resolve};
 use crate::allocation::{self, Measured, Sensitivity, Unit};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Calibration};
+use crate::calibration::{self, Calibration, ContentId};
 use crate::checkpoint::{hex, read_json};
 use crate::error::{Error, Result};
 use crate::model::Tower;
@@ -141,9 +141,7 @@ pub fn solve(
     };
     let summary = resolve::solve(&job, observer, halt)?;
     storage::write_whole(&job.output.join(RECIPE), allocation.recipe.to_toml()?.as_bytes())?;
-    let sensitivity = serde_json::to_value(&allocation.sensitivity);
-    let sensitivity = sensitivity.map_err(|error| Error::invalid(SENSITIVITY, error.to_string(), ""))?;
-    storage::write_json(&job.output.join(SENSITIVITY), &sensitivity)?;
+    write(&job.output.join(SENSITIVITY), &allocation.sensitivity)?;
     Ok((summary, allocation))
 }
 
@@ -185,7 +183,8 @@ pub fn allocate(
     report(&tower, &plan, &units, &widths, wanted, recipe, sensitivity)
 }
 
-/// Predicts, solves at one width into the work folder, and measures each unit that has a choice.
+/// Predicts, solves at one width into the work folder, and measures each unit that has a choice. What an unfinished run of the same
+/// command has measured is taken from there.
 fn sense(
     job: &Job,
     artifact: &Arc<Artifact>,
@@ -198,6 +197,14 @@ fn sense(
     quantize::expect_own_folder(job)?;
     let work = job.output.join(WORK_FOLDER).join("allocation");
     storage::create_folder(&work)?;
+    let kept = work.join(SENSITIVITY);
+    let ids: Vec<ContentId> = windows.batches.iter().map(|batch| batch.id).collect();
+    if kept.is_file() {
+        let found = read(&kept, &digest(plan, artifact));
+        if let Some(found) = found.ok().filter(|found| found.windows == ids) {
+            return Ok(found);
+        }
+    }
     let probe_bits = allocation::probe_bits(units)?;
     let mut recipe = job.recipe.clone();
     recipe.bits = probe_bits;
@@ -214,6 +221,9 @@ fn sense(
     };
     let widths = crate::recipe::BITS;
     let losses = predict::losses(&probe, artifact, &widths, &work, observer, halt)?;
+    observer.note(&format!(
+        "solving once at {probe_bits} bits, to measure what each part costs alone"
+    ));
     // Its report is no result of this run.
     resolve::solve(&probe, &(Arc::new(Silent) as Arc<dyn Observer>), halt)?;
     let open: Vec<&Unit> = units.iter().filter(|unit| unit.widths.len() > 1).collect();
@@ -233,7 +243,6 @@ fn sense(
         observer,
         halt,
     )?;
-    storage::remove(&work)?;
     let mut kl = kl.into_iter();
     let measured = units.iter().map(|unit| {
         let loss = |position: usize| unit.linears.iter().map(|&at| losses[at][position]).sum::<f64>();
@@ -248,12 +257,23 @@ fn sense(
             losses: losses.filter(|(bits, _)| unit.widths.contains(bits)).collect(),
         }
     });
-    Ok(Sensitivity {
+    let measured = Sensitivity {
         of: digest(plan, artifact),
         probe_bits,
+        windows: ids,
         positions,
         units: measured.collect(),
-    })
+    };
+    storage::remove(&work)?;
+    storage::create_folder(&work)?;
+    write(&kept, &measured)?;
+    Ok(measured)
+}
+
+fn write(path: &Path, sensitivity: &Sensitivity) -> Result<()> {
+    let value = serde_json::to_value(sensitivity);
+    let value = value.map_err(|error| Error::invalid(SENSITIVITY, error.to_string(), ""))?;
+    storage::write_json(path, &value)
 }
 
 /// A digest of what is measured: checkpoint, statistics, and each linear's grid but for its width.

@@ -13,8 +13,9 @@
 //! **Average bits** are those of the codes, over all quantized weights: an average of 4 has the size of a uniform 4-bit model with the same
 //! groups. Scales are the same for every choice and come on top ([`effective_bits`]).
 
+use crate::calibration::ContentId;
 use crate::error::{Error, Result};
-use crate::model::Tower;
+use crate::model::{SiteKind, Tower};
 use crate::numerics::knapsack::{Choice, choose};
 use crate::numerics::{Grid, ScaleDtype};
 use crate::plan::{Plan, PlannedLinear, Schemes};
@@ -45,7 +46,7 @@ pub struct Unit {
 /// # Errors
 /// The layout can hold a unit in no width.
 pub fn units(plan: &Plan) -> Result<Vec<Unit>> {
-    type Key = (usize, Option<Discriminant<crate::model::SiteKind>>);
+    type Key = (usize, Option<Discriminant<SiteKind>>);
     let key = |linear: &PlannedLinear| -> Key {
         let routed = linear.spec.fused.is_some();
         (linear.block, (!routed).then(|| discriminant(&linear.site)))
@@ -143,6 +144,8 @@ pub struct Sensitivity {
     pub of: String,
     /// Width of the codes that the KL is of.
     pub probe_bits: u32,
+    /// Ids of the windows that the KL was measured on.
+    pub windows: Vec<ContentId>,
     /// Positions over which the KL is a mean.
     pub positions: u64,
     /// In the order of [`units`].

@@ -179,6 +179,7 @@ fn made_up(units: &[Unit], plan: &Plan) -> Sensitivity {
     Sensitivity {
         of: String::new(),
         probe_bits: 3,
+        windows: Vec::new(),
         positions: 1,
         units: measured.collect(),
     }
