@@ -29,10 +29,12 @@ pub fn run(worker: &mut Worker, local: &Rc<Local>) {
         let packed = pack(chunks, Rc::clone(local));
         commit(packed, Rc::clone(local)).probe_with(&probe);
     });
-    let record = Factored {
-        factors: Vec::new(),
-        held_out: None,
-        tokens: 0,
-    };
-    feed(worker, local, input, &probe, STEPS_IN_FLIGHT, &record);
+    feed(
+        worker,
+        local,
+        input,
+        &probe,
+        STEPS_IN_FLIGHT,
+        &Factored::default(),
+    );
 }

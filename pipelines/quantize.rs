@@ -11,6 +11,7 @@ use crate::formats::{CONFIG_KEYS, Reader};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
+use crate::operators::experts::ExpertTokens;
 use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
@@ -127,15 +128,13 @@ impl Job {
     /// Plans the run; reads headers only.
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, Device::Cpu)?;
-        let plan = Plan::new(self.recipe.clone(), &tower)?;
+        let mut plan = Plan::new(self.recipe.clone(), &tower)?;
+        plan.group_experts(self.memory, &self.load());
         Ok((tower, plan))
     }
 
-    /// How the run fits into its budget, or into what the machine has.
-    ///
-    /// # Errors
-    /// `--memory` is less than what the run needs without a single resident activation.
-    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
+    /// What the run carries.
+    pub fn load(&self) -> Load {
         let graph = match (self.recipe.method, &self.statistics) {
             (Method::Rtn, _) => Graph::DataFree,
             (Method::Gptq, None) => Graph::Sequential,
@@ -144,14 +143,21 @@ impl Job {
             },
         };
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
-        let load = Load {
+        Load {
             graph,
             workers: self.workers,
             batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
             tokens: tokens.sum(),
             streams: 1 + usize::from(self.recipe.match_original > 0.0),
-        };
-        plan.fit(&load, self.memory, report::available_host_bytes())
+        }
+    }
+
+    /// How the run fits into its budget, or into what the machine has.
+    ///
+    /// # Errors
+    /// `--memory` is less than what the run needs without a single resident activation.
+    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
+        plan.fit(&self.load(), self.memory, report::available_host_bytes())
     }
 
     /// Tokens behind the statistics.
@@ -210,6 +216,13 @@ pub(super) fn run(
         artifact
             .header
             .expect_model(&subject, &tower.checkpoint.digest())?;
+        if job.recipe.all_experts && !artifact.header.origin.all_experts {
+            return Err(Error::invalid(
+                subject,
+                "has the sums of each expert over the tokens that were sent to it alone",
+                "collect it anew with: quantflow statistics collect --all-experts; or take all_experts out of the recipe",
+            ));
+        }
     }
     let measured = (job.statistics.as_ref()).is_some_and(|artifact| artifact.header.origin.holds_out());
     if job.recipe.damp_percent == Damping::Auto && !measured {
@@ -271,6 +284,7 @@ pub(super) fn run(
         },
         probe,
         sums: Sums::default(),
+        experts: ExpertTokens::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
@@ -316,6 +330,7 @@ pub fn independent(
             change: Change::Collect,
             documents,
             held_out: 0.0,
+            all_experts: job.recipe.all_experts,
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),
@@ -412,8 +427,8 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
 }
 
 fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
-    let left = (shared.plan.blocks() - shared.output.blocks_done()) as u64;
-    let units = left * 4 * shared.batches.len().max(1) as u64;
+    let left = shared.plan.steps() - shared.plan.block_steps(shared.output.blocks_done()).start;
+    let units = left * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
     let order = job
         .arrival

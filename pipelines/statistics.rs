@@ -25,11 +25,12 @@ use crate::checkpoint::hex;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::memory::Room;
-use crate::model::{SiteKind, Tower};
+use crate::model::Tower;
 use crate::numerics;
 use crate::operators::accumulate::Sums;
 use crate::operators::accumulate::accumulate;
 use crate::operators::embed::embed;
+use crate::operators::experts::ExpertTokens;
 use crate::operators::forward::forward;
 use crate::operators::groups::changed_groups;
 use crate::operators::keep::keep;
@@ -75,6 +76,8 @@ pub struct Job {
     pub documents: Documents,
     /// Share of the batches to keep apart, with [`Change::Collect`]; else the artifact says.
     pub held_out: f64,
+    /// Sum each expert's statistics over all tokens, with [`Change::Collect`]; else the artifact says.
+    pub all_experts: bool,
     /// Worker threads.
     pub workers: usize,
     /// Budget of resident bytes.
@@ -117,7 +120,7 @@ pub struct Summary {
 }
 
 /// Builds the graph on a worker.
-fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>) {
+fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>, work: &Path) {
     let batches: Vec<(u64, usize)> = match local.index {
         0 => (0..local.shared.batches.len())
             .map(|at| (at as u64, at))
@@ -130,7 +133,7 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>) {
         let steps = embed(batches.to_stream(scope), local()).concat(cycle);
         let inputs = forward(steps, local());
         let sums = accumulate(inputs, local());
-        keep(sums, local(), Arc::clone(artifact)).connect_loop(next);
+        keep(sums, local(), Arc::clone(artifact), work.to_owned()).connect_loop(next);
     });
 }
 
@@ -142,8 +145,9 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>) {
 pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
     let begin = (Instant::now(), report::process_cpu());
     let tower = Tower::open(&job.model, Device::Cpu)?;
-    let plan = Plan::for_statistics(&tower)?;
+    let mut plan = Plan::for_statistics(&tower, job.all_experts)?;
     let mut artifact = open(job, origin(&tower, job)?)?;
+    plan.recipe.all_experts = artifact.header.origin.all_experts;
     let separator = separator(&job.model, tower.spec.vocab_size)?;
     let groups = changed_groups(artifact.header.documents.clone(), changes(job, &artifact.header)?);
     let mut batches = batches(&groups, &job.documents, separator)?;
@@ -163,6 +167,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         tokens: tokens.iter().sum(),
         streams: 1,
     };
+    plan.group_experts(job.memory, &load);
     let fit = plan.fit(&load, job.memory, report::available_host_bytes())?;
     let plan_peak = fit.peak_host_bytes;
     let work = job.folder.join(WORK_FOLDER);
@@ -185,6 +190,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         pass: Pass::Original(artifact.header.origin.products()),
         probe,
         sums: Sums::default(),
+        experts: ExpertTokens::default(),
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
@@ -195,9 +201,9 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         (shared.plan.steps() - shared.plan.block_steps(resumed_blocks).start) as usize * shared.batches.len();
     if left > 0 {
         observer.phase("statistics", left as u64);
-        let base = Arc::new(artifact.clone());
+        let (base, folder) = (Arc::new(artifact.clone()), work.clone());
         run::with_locals(job.workers, &shared, move |worker, local| {
-            build(worker, local, &base);
+            build(worker, local, &base, &folder);
         })?;
     }
     let blocks = files(&shared.output, shared.plan.blocks())?;
@@ -287,15 +293,16 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
     let mut merged = Artifact::new(folder, header.clone());
     let room = Room::Scratch(work.as_path().into());
     for block in 0..header.blocks.len() {
-        let sums = SiteKind::DENSE.into_iter().map(|site| {
+        let sites = first.sites(block)?;
+        let mut file = merged.block_writer(&work, block, sites.clone())?;
+        for (site, _) in sites {
             let mut total = first.site(block, site, &room)?;
             for part in others {
                 total.merge(&part.site(block, site, &room)?)?;
             }
-            Ok(total)
-        });
-        let sums: Vec<_> = sums.collect::<Result<_>>()?;
-        header.blocks[block] = merged.write_block(block, &sums)?;
+            file.add(site, &total)?;
+        }
+        header.blocks[block] = file.finish()?;
     }
     merged.commit(header)?;
     storage::remove(&work)?;
@@ -323,6 +330,7 @@ fn origin(tower: &Tower, job: &Job) -> Result<Origin> {
         arithmetic: numerics::arithmetic(),
         probe_tokens: PROBE_TOKENS,
         held_out: job.held_out,
+        all_experts: job.all_experts,
     })
 }
 
@@ -332,8 +340,16 @@ fn open(job: &Job, origin: Origin) -> Result<Artifact> {
         return Ok(Artifact::new(&job.folder, Header::new(origin)));
     }
     let artifact = Artifact::open(&job.folder)?;
-    let held_out = artifact.header.origin.held_out;
-    let origin = Origin { held_out, ..origin };
+    let Origin {
+        held_out,
+        all_experts,
+        ..
+    } = artifact.header.origin;
+    let origin = Origin {
+        held_out,
+        all_experts,
+        ..origin
+    };
     artifact
         .header
         .expect(&job.folder.display().to_string(), &origin)?;

@@ -8,11 +8,14 @@
 //! `statistics.json` is the only commit point: block files have new names when their content is new, and old ones go when the new
 //! `statistics.json` is in place. Whatever breaks off before that leaves the artifact as it was.
 
+mod block;
+
+pub use block::BlockWriter;
+
 use crate::calibration::{ContentId, Placed};
-use crate::checkpoint::{self, Checkpoint, hex, read_json};
+use crate::checkpoint::{Checkpoint, hex, read_json};
 use crate::error::{Error, IoContext, Result};
-use crate::formats::TensorSpec;
-use crate::memory::{Region, Room};
+use crate::memory::Room;
 use crate::model::SiteKind;
 use crate::statistics::{Exponents, Product, SiteStatistics};
 use crate::storage;
@@ -21,7 +24,6 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Name of the header.
@@ -46,6 +48,9 @@ pub struct Origin {
     pub probe_tokens: usize,
     /// Share of the batches that are kept apart, to measure on.
     pub held_out: f64,
+    /// Whether each expert's sums are over all tokens.
+    #[serde(default)]
+    pub all_experts: bool,
 }
 
 impl Origin {
@@ -175,6 +180,11 @@ impl Header {
                 own.held_out.to_string(),
                 other.held_out.to_string(),
             ),
+            (
+                "value of --all-experts",
+                own.all_experts.to_string(),
+                other.all_experts.to_string(),
+            ),
         ];
         for (what, own, other) in checks {
             if own != other {
@@ -255,31 +265,16 @@ impl Artifact {
     /// # Errors
     /// The block's file is missing, damaged or of another model.
     pub fn site(&self, block: usize, site: SiteKind, room: &Room) -> Result<SiteStatistics> {
-        let file = self.header.blocks.get(block).ok_or_else(|| {
-            Error::invalid(
-                self.folder.display().to_string(),
-                format!("has no statistics of block {block}"),
-                "it is empty, or of a model with fewer blocks",
-            )
-        })?;
-        let path = self.folder.join(file);
-        let tensors = Checkpoint::open_file(&path)?;
-        let bytes = |name: &str, dtype: Dtype| {
-            let tensor = tensors.tensor(name)?;
-            match tensor.dtype == dtype {
-                true => Ok(tensor.bytes),
-                false => Err(damaged(&path, &format!("{name} is {:?}", tensor.dtype))),
-            }
-        };
+        let (path, tensors) = self.block(block)?;
+        let bytes = |name: &str, dtype: Dtype| bytes(&path, &tensors, name, dtype);
         let exponents: Vec<i32> = pod_collect_to_vec(bytes(&tensor_name(site, "exponents"), Dtype::I32)?);
         if exponents.is_empty() {
             return Err(damaged(&path, "has a site without channels"));
         }
-        let tokens: Vec<u64> = pod_collect_to_vec(bytes(&tensor_name(site, "tokens"), Dtype::U64)?);
         SiteStatistics::from_panels(
             Exponents::from_values(exponents),
             self.header.origin.products(),
-            tokens.first().copied().unwrap_or(0),
+            tokens(&path, &tensors, site)?,
             room,
             |product, first_row, sums| {
                 let name = panel_name(site, product, first_row);
@@ -311,62 +306,56 @@ impl Artifact {
         Ok(())
     }
 
-    /// Writes the sums of a block, one a site in [`SiteKind::DENSE`]'s order, under a name that follows from the content; returns it.
-    /// The artifact does not hold them until [`Self::commit`].
+    /// The sites of a block, in the order in which its file has them, with their widths.
     ///
     /// # Errors
-    /// More was taken away than there is, or the disk is full.
-    pub fn write_block(&self, block: usize, sites: &[SiteStatistics]) -> Result<String> {
-        let mut tensors: Vec<(TensorSpec, Content<'_>)> = Vec::new();
-        for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
-            let tokens = u64::try_from(statistics.tokens()).map_err(|_| {
-                Error::invalid(
-                    self.folder.display().to_string(),
-                    "fewer tokens than none would be left",
-                    "these batches are not in the artifact",
-                )
-            })?;
-            for panel in statistics.panels() {
-                let columns = statistics.columns(panel);
-                let spec = TensorSpec {
-                    name: panel_name(site, panel.product, panel.first_row),
-                    dtype: Dtype::I64,
-                    shape: vec![panel.sums.len() / columns, columns],
-                };
-                tensors.push((spec, Content::Sums(&panel.sums)));
-            }
-            let spec = TensorSpec {
-                name: tensor_name(site, "tokens"),
-                dtype: Dtype::U64,
-                shape: vec![1],
-            };
-            tensors.push((spec, Content::Tokens(tokens)));
+    /// The block's file is missing or damaged.
+    pub fn sites(&self, block: usize) -> Result<Vec<(SiteKind, usize)>> {
+        let (path, tensors) = self.block(block)?;
+        let mut sites = Vec::new();
+        for name in tensors.names().filter(|name| name.ends_with(".exponents")) {
+            let site = site_of(name).ok_or_else(|| damaged(&path, &format!("has no site for {name}")))?;
+            sites.push((site, tensors.tensor(name)?.shape.iter().product()));
         }
-        // Widest dtype first keeps every tensor aligned.
-        for (site, statistics) in SiteKind::DENSE.into_iter().zip(sites) {
-            let values = statistics.exponents().values();
-            let spec = TensorSpec {
-                name: tensor_name(site, "exponents"),
-                dtype: Dtype::I32,
-                shape: vec![values.len()],
-            };
-            tensors.push((spec, Content::Exponents(values)));
-        }
-        let specs: Vec<&TensorSpec> = tensors.iter().map(|(spec, _)| spec).collect();
-        let header = checkpoint::header(HEADER, &specs)?;
-        let mut hash = Sha256::new();
-        hash.update(&header);
-        for (_, content) in &tensors {
-            content.with(|bytes| hash.update(bytes));
-        }
-        let name = file_name(block, &hash.finalize());
-        storage::write_whole_with(&self.folder.join(&name), |file| {
-            file.write_all(&header)?;
-            tensors
-                .iter()
-                .try_for_each(|(_, content)| content.with(|bytes| file.write_all(bytes)))
+        // The shared expert comes after the routed ones.
+        sites.sort_by_key(|&(site, _)| (site == SiteKind::Down, site));
+        Ok(sites)
+    }
+
+    /// Tokens behind the sums of some sites of a block.
+    ///
+    /// # Errors
+    /// As [`Self::site`].
+    pub fn tokens(&self, block: usize, sites: impl Iterator<Item = SiteKind>) -> Result<Vec<u64>> {
+        let (path, tensors) = self.block(block)?;
+        sites.map(|site| tokens(&path, &tensors, site)).collect()
+    }
+
+    /// The file of a block.
+    fn block(&self, block: usize) -> Result<(PathBuf, Checkpoint)> {
+        let file = self.header.blocks.get(block).ok_or_else(|| {
+            Error::invalid(
+                self.folder.display().to_string(),
+                format!("has no statistics of block {block}"),
+                "it is empty, or of a model with fewer blocks",
+            )
         })?;
-        Ok(name)
+        let path = self.folder.join(file);
+        let tensors = Checkpoint::open_file(&path)?;
+        Ok((path, tensors))
+    }
+
+    /// Begins a block's file; until it is finished it lies in the folder `work`, and the artifact does not hold it until [`Self::commit`].
+    ///
+    /// # Errors
+    /// The file cannot be created.
+    pub fn block_writer(
+        &self,
+        work: &Path,
+        block: usize,
+        sites: Vec<(SiteKind, usize)>,
+    ) -> Result<BlockWriter> {
+        BlockWriter::create(&self.folder, work, block, sites, self.header.origin.products())
     }
 
     /// Makes `header` the artifact's content, at once, and removes the block files that it does not name.
@@ -387,30 +376,39 @@ impl Artifact {
     }
 }
 
-/// What a tensor of a block's file holds.
-enum Content<'a> {
-    Sums(&'a Region<i64>),
-    Tokens(u64),
-    Exponents(&'a [i32]),
-}
-
-impl Content<'_> {
-    /// Hands over the bytes; sums are resident no longer than that.
-    fn with<T>(&self, take: impl FnOnce(&[u8]) -> T) -> T {
-        match self {
-            Self::Sums(sums) => take(bytemuck::cast_slice(&sums.read())),
-            Self::Tokens(tokens) => take(&tokens.to_le_bytes()),
-            Self::Exponents(values) => take(bytemuck::cast_slice(values)),
-        }
-    }
-}
-
 fn file_name(block: usize, digest: &[u8]) -> String {
     format!("block-{block:05}-{:.16}.safetensors", hex(digest))
 }
 
 fn tensor_name(site: SiteKind, what: &str) -> String {
-    format!("{site:?}.{what}").to_lowercase()
+    match site {
+        SiteKind::ExpertDown(expert) => format!("expertdown.{expert}.{what}").to_lowercase(),
+        site => format!("{site:?}.{what}").to_lowercase(),
+    }
+}
+
+/// The site of a tensor.
+fn site_of(name: &str) -> Option<SiteKind> {
+    use SiteKind::{Down, ExpertDown, GateUp, KvB, O, QB, Qkv};
+    if let Some(rest) = name.strip_prefix("expertdown.") {
+        return rest.split('.').next()?.parse().ok().map(ExpertDown);
+    }
+    let of = |site: &SiteKind| name.starts_with(&tensor_name(*site, ""));
+    [Qkv, QB, KvB, O, GateUp, Down].into_iter().find(of)
+}
+
+fn bytes<'a>(path: &Path, tensors: &'a Checkpoint, name: &str, dtype: Dtype) -> Result<&'a [u8]> {
+    let tensor = tensors.tensor(name)?;
+    match tensor.dtype == dtype {
+        true => Ok(tensor.bytes),
+        false => Err(damaged(path, &format!("{name} is {:?}", tensor.dtype))),
+    }
+}
+
+fn tokens(path: &Path, tensors: &Checkpoint, site: SiteKind) -> Result<u64> {
+    let tokens: Vec<u64> =
+        pod_collect_to_vec(bytes(path, tensors, &tensor_name(site, "tokens"), Dtype::U64)?);
+    Ok(tokens.first().copied().unwrap_or(0))
 }
 
 fn panel_name(site: SiteKind, product: Product, first_row: usize) -> String {

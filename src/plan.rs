@@ -1,14 +1,17 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
 mod memory;
+mod steps;
+mod time;
 
 pub use memory::{Fit, Graph, Load};
 
+use self::steps::Step;
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
-use crate::recipe::{Method, Recipe, Scheme};
+use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
@@ -47,6 +50,11 @@ pub struct PlannedLinear {
 }
 
 impl PlannedLinear {
+    /// The routed expert that it belongs to.
+    pub fn expert(&self) -> Option<usize> {
+        self.spec.fused.as_ref().map(|slice| slice.expert)
+    }
+
     /// The grid, if there are codes to choose.
     pub fn to_solve(&self) -> Option<Grid> {
         self.grid.filter(|_| !self.kept)
@@ -69,15 +77,6 @@ impl PlannedLinear {
     }
 }
 
-/// What is worked on at a time: the linears of a site, or, of a mixture's many, those of one expert.
-#[derive(Clone, Debug)]
-struct Step {
-    block: usize,
-    site: SiteKind,
-    /// Positions in [`Plan::linears`].
-    linears: Range<usize>,
-}
-
 /// Everything that a run will do.
 pub struct Plan {
     /// The recipe.
@@ -97,6 +96,10 @@ pub struct Plan {
     pub outside: Vec<LinearLayout>,
     steps: Vec<Step>,
     blocks: usize,
+    /// Experts in a group.
+    experts_per_step: usize,
+    /// Bytes that a token has between two steps.
+    token_bytes: usize,
     /// What it takes to dequantize the source's largest weight, besides the result.
     reading_bytes: u64,
 }
@@ -114,46 +117,34 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, a method that
-    /// the model's blocks do not have yet, or a weight that is missing, misshapen or stored in a way that cannot be read.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a weight that is missing,
+    /// misshapen or stored in a way that cannot be read.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
+        let plan = Self::of(recipe, tower)?;
+        check_fused(tower, &plan.linears)?;
+        Ok(plan)
+    }
+
+    fn of(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
         if let Some(reader) = tower.reader() {
             reader.expect_weights_alone()?;
         }
-        if !tower.spec.is_dense() && recipe.method != Method::Rtn {
-            return Err(Error::invalid(
-                tower.checkpoint.folder().display().to_string(),
-                format!(
-                    "{} has experts or latent attention, whose statistics are not collected yet",
-                    tower.spec.architecture
-                ),
-                "such models can be evaluated, and quantized with --method rtn",
+        if recipe.all_experts && !tower.spec.layers.iter().any(|layer| layer.mixture) {
+            return Err(Error::usage(
+                "--all-experts",
+                format!("{} has no experts", tower.spec.architecture),
+                "leave it out",
             ));
         }
         let format = formats::by_name(&recipe.format)?;
         let ignore = patterns("--ignore", &recipe.ignore)?;
         let schemes = Schemes::new(&recipe)?;
         let mut linears: Vec<PlannedLinear> = Vec::new();
-        let mut steps: Vec<Step> = Vec::new();
-        let expert = |spec: &LinearSpec| spec.fused.as_ref().map(|slice| slice.expert);
         for block in 0..tower.blocks() {
             for site in tower.spec.sites(block) {
-                let first = steps.len();
                 for spec in tower.spec.linears(block, site) {
                     let index = linears.len();
-                    let begins = steps.len() == first
-                        || linears
-                            .last()
-                            .is_some_and(|last| expert(&last.spec) != expert(&spec));
-                    if begins {
-                        let linears = index..index;
-                        steps.push(Step { block, site, linears });
-                    }
-                    let slot = steps.last_mut().map_or(0, |step| {
-                        step.linears.end = index + 1;
-                        index - step.linears.start
-                    });
                     let name = tower.linear_name(block, &spec);
                     tower.expect_linear(block, &spec)?;
                     let (grid, fallback) = match ignore.is_match(&name) {
@@ -170,7 +161,7 @@ impl Plan {
                         index,
                         block,
                         site,
-                        slot,
+                        slot: 0,
                         name,
                         rows: spec.rows,
                         columns: spec.columns,
@@ -183,7 +174,6 @@ impl Plan {
             }
         }
         schemes.check(&linears)?;
-        check_fused(tower, &linears)?;
         let mut plan = Self {
             recipe,
             format,
@@ -192,26 +182,47 @@ impl Plan {
             dequantized: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
-            steps,
+            steps: Vec::new(),
             blocks: tower.blocks(),
+            experts_per_step: 1,
+            token_bytes: 0,
             reading_bytes: 0,
         };
+        plan.token_bytes = steps::token_bytes(tower, &plan.linears);
+        plan.cut(1);
         plan.place(tower)?;
         Ok(plan)
+    }
+
+    /// Cuts the blocks into steps, with so many experts of a mixture in a group.
+    fn cut(&mut self, experts: usize) {
+        self.experts_per_step = experts;
+        self.steps = steps::cut(&self.linears, experts);
+        for step in &self.steps {
+            for linear in &mut self.linears[step.linears.clone()] {
+                linear.slot = linear.index - step.linears.start;
+            }
+        }
+    }
+
+    /// Experts of a mixture that are worked on together.
+    pub fn experts_per_step(&self) -> usize {
+        self.experts_per_step
     }
 
     /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
     ///
     /// # Errors
-    /// As [`Self::new`].
-    pub fn for_statistics(tower: &Tower) -> Result<Self> {
+    /// As [`Self::new`]; or `all_experts` is asked for where there are none.
+    pub fn for_statistics(tower: &Tower, all_experts: bool) -> Result<Self> {
         let recipe = Recipe {
             bits: 8,
             group_size: 0,
             match_original: 0.0,
+            all_experts,
             ..Recipe::default()
         };
-        Self::new(recipe, tower)
+        Self::of(recipe, tower)
     }
 
     fn place(&mut self, tower: &Tower) -> Result<()> {
@@ -287,15 +298,76 @@ impl Plan {
         self.blocks
     }
 
-    /// Steps of a run: one a block and site, and in a mixture one an expert.
+    /// Steps of a run: one a block and site, and in a mixture two a group of experts.
     pub fn steps(&self) -> u64 {
         self.steps.len() as u64
     }
 
-    /// Block and site of a step.
+    /// Block and first site of a step.
     pub fn step(&self, step: u64) -> (usize, SiteKind) {
         let step = &self.steps[step as usize];
-        (step.block, step.site)
+        (step.block, step.sites[0])
+    }
+
+    /// The inputs of a step's linears: one, or one an expert.
+    pub fn step_sites(&self, step: u64) -> &[SiteKind] {
+        &self.steps[step as usize].sites
+    }
+
+    /// Whether a step's inputs are summed there; else an earlier step of its block has their factor.
+    pub fn leads(&self, step: u64) -> bool {
+        self.steps[step as usize].leads
+    }
+
+    /// Whether no later step has the inputs of this one.
+    pub fn trails(&self, step: u64) -> bool {
+        self.steps[step as usize].trails
+    }
+
+    /// The earlier steps whose linears carry a batch to the inputs of this one.
+    pub fn carriers(&self, step: u64) -> Range<u64> {
+        let carriers = steps::carriers(&self.steps, step as usize);
+        carriers.start as u64..carriers.end as u64
+    }
+
+    /// The linears of steps that lie together.
+    fn carrying(&self, steps: Range<u64>) -> &[PlannedLinear] {
+        match &self.steps[steps.start as usize..steps.end as usize] {
+            [] => &[],
+            [first, .., last] => &self.linears[first.linears.start..last.linears.end],
+            [only] => &self.linears[only.linears.clone()],
+        }
+    }
+
+    /// The step whose factor a mixture keeps while other inputs are worked on, if `step` lies between.
+    fn shared_input(&self, step: u64) -> Option<u64> {
+        let (block, own) = self.step(step);
+        let steps = self.block_steps(block);
+        let of = |step: &u64| self.step(*step).1 == SiteKind::GateUp;
+        let held = own != SiteKind::GateUp && steps.clone().any(|s| s > step && of(&s) && !self.leads(s));
+        (steps.start..step).find(of).filter(|_| held)
+    }
+
+    /// The inputs of a block in the order in which they are summed, with their widths: the same for any groups of experts.
+    pub fn block_sites(&self, block: usize) -> Vec<(SiteKind, usize)> {
+        let leading = self.block_steps(block).filter(|step| self.leads(*step));
+        let sites = leading.flat_map(|step| {
+            let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
+            let sites = self.step_sites(step).iter();
+            sites.map(move |&site| (site, width))
+        });
+        sites.collect()
+    }
+
+    /// Whether anything with this input is to be solved.
+    pub fn is_summed(&self, block: usize, site: SiteKind) -> bool {
+        let begin = self.linears.partition_point(|linear| linear.block < block);
+        let linears = self.linears[begin..]
+            .iter()
+            .take_while(|linear| linear.block == block);
+        linears
+            .filter(|linear| linear.site == site)
+            .any(|linear| linear.to_solve().is_some())
     }
 
     /// The steps of a block; none for those beyond the last.
@@ -314,13 +386,6 @@ impl Plan {
     /// The linears of a step.
     pub fn step_linears(&self, step: u64) -> &[PlannedLinear] {
         &self.linears[self.steps[step as usize].linears.clone()]
-    }
-
-    /// Whether a step has anything to quantize.
-    pub fn is_active(&self, step: u64) -> bool {
-        self.step_linears(step)
-            .iter()
-            .any(|linear| linear.to_solve().is_some())
     }
 
     /// All linears, for the output's config.

@@ -98,6 +98,8 @@ pub struct Recipe {
     pub match_original: f64,
     /// Rounds of scale refit and coordinate descent after the sweep; see [`Recipe::refine_rounds`] for the default.
     pub refine_rounds: Option<usize>,
+    /// Sum the statistics of each expert of a mixture over all tokens, not only over those that are sent to it.
+    pub all_experts: bool,
     /// How codes are chosen.
     pub method: Method,
     /// Regular expressions: linears whose module name matches one are left alone.
@@ -120,6 +122,7 @@ impl Default for Recipe {
             damp_percent: Damping::Fixed(0.01),
             match_original: 0.5,
             refine_rounds: None,
+            all_experts: false,
             method: Method::Gptq,
             ignore: Vec::new(),
             format: "compressed-tensors".into(),

@@ -87,6 +87,41 @@ fn sync_folder(folder: &Path) -> Result<()> {
         .context("sync the folder", folder)
 }
 
+/// A file that is written from its beginning to its end, and has its name only when it is whole. What an earlier run left unfinished is
+/// overwritten.
+#[derive(Debug)]
+pub struct GrowingFile {
+    file: std::io::BufWriter<File>,
+    path: PathBuf,
+}
+
+impl GrowingFile {
+    /// Creates it as `path`, or empties what is there.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).context("create", path)?;
+        Ok(Self {
+            file: std::io::BufWriter::new(file),
+            path: path.to_owned(),
+        })
+    }
+
+    /// Appends `bytes`. Not yet durable: see [`GrowingFile::finish`].
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).context("write", &self.path)
+    }
+
+    /// Gives the file its final name, on the same disk; it is then durable.
+    pub fn finish(self, path: &Path) -> Result<()> {
+        let file = self
+            .file
+            .into_inner()
+            .map_err(std::io::IntoInnerError::into_error);
+        file.and_then(|file| file.sync_all())
+            .context("sync", &self.path)?;
+        rename(&self.path, path)
+    }
+}
+
 /// A file of known length whose parts are written in any order, under `{name}.partial` until it is finished.
 #[derive(Debug)]
 pub struct PartialFile {

@@ -297,6 +297,7 @@ fn collect(model: &Path, folder: &Path) -> statistics::Summary {
         change: Change::Collect,
         documents: documents(),
         held_out: 0.0,
+        all_experts: false,
         workers: 2,
         memory: None,
         scratch: None,

@@ -55,6 +55,7 @@ fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
         change,
         documents: read(files),
         held_out: 0.0,
+        all_experts: false,
         workers: 2,
         memory: None,
         scratch: None,

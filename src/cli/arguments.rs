@@ -188,6 +188,9 @@ pub(super) struct QuantizeArguments {
     /// Pull every layer toward the original model's activations: 0 to 1; 0 saves its forward pass
     #[arg(long, value_name = "F", help_heading = "Scheme")]
     pub match_original: Option<f64>,
+    /// Sum the statistics of each expert of a mixture over all tokens, not only over those that are sent to it
+    #[arg(long, help_heading = "Calibration")]
+    pub all_experts: bool,
     #[command(flatten)]
     pub resources: ResourceArguments,
     #[command(flatten)]
@@ -247,6 +250,9 @@ pub(super) struct CollectArguments {
         help_heading = "Calibration"
     )]
     pub held_out: f64,
+    /// Sum the statistics of each expert of a mixture over all tokens, not only over those that are sent to it
+    #[arg(long, help_heading = "Calibration")]
+    pub all_experts: bool,
     /// Forget an unfinished run, or replace an artifact
     #[arg(long)]
     pub fresh: bool,
@@ -420,6 +426,7 @@ impl QuantizeArguments {
                 MethodName::Rtn => Method::Rtn,
             };
         }
+        recipe.all_experts |= self.all_experts;
         recipe.match_original = match (self.activations, self.match_original) {
             (Activations::Sequential, flag) => flag.unwrap_or(recipe.match_original),
             (Activations::Independent, None | Some(0.0)) => 0.0,

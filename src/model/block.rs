@@ -161,6 +161,12 @@ impl Block {
         self.join(residual, x, linears, norm)
     }
 
+    /// residual after the attention and what a mixture makes of it → residual after the block
+    pub fn join_mixture(&self, residual: &Tensor, y: Tensor) -> Result<Tensor> {
+        let norm = self.norms.outputs.as_ref().map(|(_, mlp)| mlp);
+        self.add(residual, y, norm)
+    }
+
     fn join(
         &self,
         residual: &Tensor,
@@ -207,9 +213,7 @@ impl Block {
         let residual = self.join_attention(residual, &x, &site(SiteKind::O)?)?;
         let x = self.mlp_input(&residual)?;
         if self.mixture.is_some() {
-            let y = self.mix(&x, linear)?;
-            let norm = self.norms.outputs.as_ref().map(|(_, mlp)| mlp);
-            return Ok(self.add(&residual, y, norm)?);
+            return Ok(self.join_mixture(&residual, self.mix(&x, linear)?)?);
         }
         let x = self.gate(&x, &site(SiteKind::GateUp)?)?;
         Ok(self.join_mlp(&residual, &x, &site(SiteKind::Down)?)?)

@@ -23,7 +23,27 @@ pub struct Latents {
     pub rotary_key: Tensor,
 }
 
+impl Latents {
+    /// All three side by side, to be kept.
+    pub fn join(&self) -> Result<Tensor> {
+        Tensor::cat(&[&self.query, &self.key_value, &self.rotary_key], 1)
+    }
+}
+
 impl Block {
+    /// What [`Latents::join`] put together.
+    pub fn split_latents(&self, joined: &Tensor) -> Result<Latents> {
+        let (mla, _) = self.mla()?;
+        let (key_value, rotary) = (mla.kv_lora_rank, mla.qk_rope_head_dim);
+        let query = joined.dim(1)? - key_value - rotary;
+        let part = |begin, width| joined.narrow(1, begin, width)?.contiguous();
+        Ok(Latents {
+            query: part(0, query)?,
+            key_value: part(query, key_value)?,
+            rotary_key: part(query + key_value, rotary)?,
+        })
+    }
+
     fn mla(&self) -> Result<(MlaSpec, &Rotary)> {
         match (self.spec.mla, &self.rotary) {
             (Some(mla), Some(rotary)) => Ok((mla, rotary)),

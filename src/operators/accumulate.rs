@@ -2,8 +2,9 @@
 //! says that no worker has a batch of the step left, the step's owner hands the sums on.
 
 use super::local::Local;
-use super::records::{Merged, SiteInput};
+use super::records::{Inputs, Merged, SiteInput};
 use crate::error::{Error, Result};
+use crate::model::SiteKind;
 use crate::statistics::{Accumulator, Exponents, SiteStatistics};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -17,35 +18,38 @@ use timely::dataflow::operators::{Capability, Operator};
 
 /// Sums of the steps in work, shared by the workers of a process.
 #[derive(Debug, Default)]
-pub struct Sums(Mutex<BTreeMap<u64, Arc<Accumulator>>>);
+pub struct Sums(Mutex<BTreeMap<Of, Arc<Accumulator>>>);
+
+/// Step and site.
+type Of = (u64, SiteKind);
 
 impl Sums {
-    fn begin(&self, step: u64, new: impl FnOnce() -> Result<SiteStatistics>) -> Result<()> {
+    fn begin(&self, of: Of, new: impl FnOnce() -> Result<SiteStatistics>) -> Result<()> {
         let mut sums = self.0.lock().map_err(|_| poisoned())?;
-        if let Entry::Vacant(place) = sums.entry(step) {
+        if let Entry::Vacant(place) = sums.entry(of) {
             place.insert(Arc::new(Accumulator::from(new()?)));
         }
         Ok(())
     }
 
-    fn get(&self, step: u64) -> Result<Arc<Accumulator>> {
+    fn get(&self, of: Of) -> Result<Arc<Accumulator>> {
         let sums = self.0.lock().map_err(|_| poisoned())?;
-        let sums = sums.get(&step).cloned();
+        let sums = sums.get(&of).cloned();
         sums.ok_or_else(|| Error::Worker("a batch came before the probe".into()))
     }
 
-    /// The sums of a step to which nobody adds any more: every batch has reached it.
-    fn take(&self, step: u64) -> Result<SiteStatistics> {
-        let sums = self.0.lock().map_err(|_| poisoned())?.remove(&step);
+    /// Sums to which nobody adds any more: every batch has reached the step.
+    fn take(&self, of: Of) -> Result<SiteStatistics> {
+        let sums = self.0.lock().map_err(|_| poisoned())?.remove(&of);
         sums.and_then(Arc::into_inner)
             .ok_or_else(|| Error::Worker("a step ended before its sums were complete".into()))?
             .finish()
     }
 }
 
-/// One record a step, on the worker that owns it: its complete statistics. The probe comes first at each step and fixes the exponents.
+/// One record a site of each step, on the worker that owns it: its complete statistics. The probe comes first at each step and fixes the exponents.
 pub fn accumulate<'scope>(
-    inputs: StreamVec<'scope, u64, SiteInput>,
+    inputs: StreamVec<'scope, u64, Inputs>,
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, Merged> {
     inputs.unary_frontier::<CapacityContainerBuilder<Vec<Merged>>, _, _, _>(
@@ -69,15 +73,24 @@ pub fn accumulate<'scope>(
                     .filter(|entry| !frontier.less_equal(entry.key()))
                 {
                     let (step, capability) = entry.remove_entry();
-                    if local.owner(step) != local.index as u64 {
-                        continue;
+                    let plan = &local.shared.plan;
+                    let (block, first) = plan.step(step);
+                    let owned = |site: SiteKind| local.owner(block, site) == local.index as u64;
+                    if owned(first) {
+                        // What carried the batches here has served.
+                        plan.carriers(step)
+                            .for_each(|carrier| local.shared.stages.forget(carrier));
                     }
-                    // What carried the batches here has served.
-                    if let Some(before) = step.checked_sub(1) {
-                        local.shared.stages.forget(before);
-                    }
-                    if let Some(sums) = local.run("accumulate", || local.shared.sums.take(step)) {
-                        output.session(&capability).give(Merged(sums));
+                    for site in plan.step_sites(step).iter().copied().filter(|site| owned(*site)) {
+                        let summed = plan.leads(step) && plan.is_summed(block, site);
+                        let take = || summed.then(|| local.shared.sums.take((step, site))).transpose();
+                        if let Some(statistics) = local.run("accumulate", take) {
+                            output.session(&capability).give(Merged {
+                                block,
+                                site,
+                                statistics,
+                            });
+                        }
                     }
                 }
             }
@@ -85,27 +98,30 @@ pub fn accumulate<'scope>(
     )
 }
 
-fn add(local: &Local, step: u64, record: &SiteInput) -> Result<()> {
+fn add(local: &Local, step: u64, record: &Inputs) -> Result<()> {
+    let (block, _) = local.shared.plan.step(step);
+    // The sums of a site without a linear to quantize would serve nothing.
+    let mut summed = (record.sites.iter()).filter(|input| local.shared.plan.is_summed(block, input.site));
+    summed.try_for_each(|input| add_site(local, step, record, input))
+}
+
+fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Result<()> {
     let shared = &local.shared;
-    let x = values(&record.x)?;
+    let x = values(&input.x)?;
     if record.probe {
-        return shared.sums.begin(step, || {
+        return shared.sums.begin((step, input.site), || {
             let exponents = Exponents::from_probe(&x, x.len() / shared.probe.len());
             SiteStatistics::new(exponents, shared.pass.products(), &shared.room(step))
         });
     }
-    // The sums of a step without a linear to quantize would serve nothing.
-    if !shared.plan.is_active(step) {
-        return Ok(());
-    }
-    let sums = shared.sums.get(step)?;
-    let original = record.original.as_ref().map(values).transpose()?;
+    let sums = shared.sums.get((step, input.site))?;
+    let original = input.original.as_ref().map(values).transpose()?;
     let added = match record.held_out {
         true => sums.add_held_out(&x, record.multiplicity),
         false => sums.add(&x, original.as_deref(), record.multiplicity),
     };
     added.map_err(|error| {
-        let (block, site) = shared.plan.step(step);
+        let ((block, _), site) = (shared.plan.step(step), input.site);
         Error::invalid(
             format!("block {block}, input of {site:?}"),
             error.to_string(),

@@ -26,6 +26,10 @@ pub enum Slot {
     Residual,
     /// The next site's input, in the model's own dtype: a 16-bit model computes it in 16 bits at run time, too.
     SiteInput,
+    /// What latent attention compressed, in the model's own dtype.
+    Latents,
+    /// The sum of the outputs of a mixture's experts so far, in f32.
+    Mixture,
 }
 
 /// Whose activation: batch position (the probe has [`PROBE`]), stream, slot.
@@ -34,7 +38,7 @@ pub type Key = (usize, Stream, Slot);
 /// Batch position of the probe.
 pub const PROBE: usize = usize::MAX;
 
-/// How [`Slot::SiteInput`] is stored.
+/// How [`Slot::SiteInput`] and [`Slot::Latents`] are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// bfloat16
@@ -95,8 +99,8 @@ impl ActivationStore {
         let (rows, columns) = value.dims2()?;
         let values = value.flatten_all()?.to_vec1::<f32>()?;
         let precision = match key.2 {
-            Slot::Residual => Precision::F32,
-            Slot::SiteInput => self.site_precision,
+            Slot::Residual | Slot::Mixture => Precision::F32,
+            Slot::SiteInput | Slot::Latents => self.site_precision,
         };
         let bytes: Vec<u8> = match precision {
             Precision::F32 => cast_slice(&values).to_vec(),

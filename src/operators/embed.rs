@@ -68,7 +68,11 @@ fn start(local: &Local) -> Result<u64> {
             if shared.halt.is_raised() {
                 return Err(Error::Interrupted);
             }
-            advance(local, step, position)?;
+            advance(local, step, position, false)?;
+        }
+        // What carried these batches has served; a worker that is behind reads it again.
+        if let Some(before) = step.checked_sub(1) {
+            shared.stages.forget(before);
         }
     }
     Ok(first)

@@ -1,27 +1,30 @@
 //! `forward`: carries each batch from the site quantized last to the next one, through the linears just installed, in the quantized
 //! stream and, where the original is matched, in the full-precision one. Every linear runs exactly once a stream.
 
-use super::activations::{PROBE, Slot, Stream};
+use super::activations::{Key, PROBE, Slot, Stream};
 use super::local::Local;
-use super::records::{Go, SiteInput};
+use super::mixture;
+use super::records::{Go, Inputs, SiteInput};
 use crate::error::{Error, Result};
-use crate::model::SiteKind;
+use crate::model::mla::Latents;
+use crate::model::{Block, Linear, SiteKind};
 use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// The site's input of each batch that this worker holds, the probe's first; one batch an activation, so that what is downstream
+/// The step's inputs of each batch that this worker holds, the probe's first; one batch an activation, so that what is downstream
 /// consumes one input before the next is made.
 pub fn forward<'scope>(
     steps: StreamVec<'scope, u64, Go>,
     local: Rc<Local>,
-) -> StreamVec<'scope, u64, SiteInput> {
+) -> StreamVec<'scope, u64, Inputs> {
     let scope = steps.scope();
-    steps.unary::<CapacityContainerBuilder<Vec<SiteInput>>, _, _, _>(Pipeline, "forward", move |_, info| {
+    steps.unary::<CapacityContainerBuilder<Vec<Inputs>>, _, _, _>(Pipeline, "forward", move |_, info| {
         let again = scope.worker().activator_for(info.address);
         let mut queue: VecDeque<(Capability<u64>, usize)> = VecDeque::new();
         move |input, output| {
@@ -38,13 +41,13 @@ pub fn forward<'scope>(
                 }
             });
             if let Some((capability, position)) = queue.pop_front() {
-                let site = local.run("forward", || advance(&local, *capability.time(), position));
-                match site {
-                    Some(site) => {
+                let inputs = local.run("forward", || advance(&local, *capability.time(), position, true));
+                match inputs {
+                    Some(inputs) => {
                         if position != PROBE {
                             local.shared.observer.advance(1);
                         }
-                        output.session(&capability).give(site);
+                        output.session(&capability).give(inputs);
                     }
                     None => queue.clear(),
                 }
@@ -56,96 +59,189 @@ pub fn forward<'scope>(
     })
 }
 
-/// Asks the system to read the next block's weights while this one is computed.
+/// Asks the system to read what comes next while this step is computed: the next block's weights, but of a mixture's experts, which
+/// may be many, the next step's alone.
 fn prefetch(local: &Local, step: u64) {
     let shared = &local.shared;
+    if local.index != 0 {
+        return;
+    }
     let (block, site) = shared.plan.step(step);
-    if site == SiteKind::Qkv && local.index == 0 {
-        for next in shared.plan.block_steps(block + 1) {
-            for linear in shared.plan.step_linears(next) {
-                shared.tower.prefetch(linear.block, &linear.spec);
-            }
-        }
+    let following = match site {
+        SiteKind::Qkv => shared.plan.block_steps(block + 1),
+        _ => 0..0,
+    };
+    let soon = (step + 1..shared.plan.steps()).take(1);
+    let linears = |step: u64| shared.plan.step_linears(step).iter();
+    let ahead = following
+        .flat_map(linears)
+        .filter(|linear| linear.expert().is_none());
+    let experts = soon.flat_map(linears).filter(|linear| linear.expert().is_some());
+    for linear in ahead.chain(experts) {
+        shared.tower.prefetch(linear.block, &linear.spec);
     }
 }
 
-/// One batch from the input of the step before to the input of `step`, in each stream that runs.
-pub fn advance(local: &Local, step: u64, position: usize) -> Result<SiteInput> {
+/// A batch in one of the streams, with what carries it.
+pub(super) struct Passage<'a> {
+    pub(super) local: &'a Local,
+    position: usize,
+    stream: Stream,
+}
+
+impl<'a> Passage<'a> {
+    /// One a stream that runs; the inputs of the first are summed.
+    pub(super) fn all(local: &'a Local, position: usize) -> impl Iterator<Item = Self> {
+        let streams = local.shared.pass.streams().iter();
+        streams.map(move |&stream| Self {
+            local,
+            position,
+            stream,
+        })
+    }
+
+    /// The linears of a step.
+    pub(super) fn linears(&self, step: u64) -> Result<Arc<Vec<Linear>>> {
+        let shared = &self.local.shared;
+        match self.stream {
+            Stream::Original => shared.stages.original(step, &shared.plan, &shared.tower),
+            Stream::Quantized => shared
+                .stages
+                .quantized(step, || super::install::committed_linears(shared, step)),
+        }
+    }
+
+    /// Norms and options of a block.
+    pub(super) fn layer(&self, block: usize) -> Result<Arc<Block>> {
+        let shared = &self.local.shared;
+        shared.stages.block(block, &shared.tower, &shared.rotary)
+    }
+
+    fn key(&self, slot: Slot) -> Key {
+        (self.position, self.stream, slot)
+    }
+
+    pub(super) fn get(&self, slot: Slot) -> Result<Tensor> {
+        self.local.store.borrow().get(self.key(slot))
+    }
+
+    pub(super) fn put(&self, slot: Slot, value: &Tensor) -> Result<()> {
+        self.local.store.borrow_mut().put(self.key(slot), value)
+    }
+
+    pub(super) fn take(&self, slot: Slot) -> Result<Option<Tensor>> {
+        self.local.store.borrow_mut().take(self.key(slot))
+    }
+
+    fn expect(&self, slot: Slot) -> Result<Tensor> {
+        self.take(slot)?
+            .ok_or_else(|| Error::Worker("an activation was lost".into()))
+    }
+}
+
+/// One batch from the inputs of the step before to those of `step`, in each stream that runs. With `sums` false nobody will sum them.
+pub fn advance(local: &Local, step: u64, position: usize, sums: bool) -> Result<Inputs> {
     let shared = &local.shared;
-    let mut streams = shared.pass.streams().iter();
-    let mut next = || {
-        streams
-            .next()
-            .map(|&stream| advance_stream(local, step, position, stream))
+    let (block, site) = shared.plan.step(step);
+    let sites = match site {
+        SiteKind::ExpertDown(_) => mixture::expert_inputs(local, step, position, sums)?,
+        site => {
+            let inputs = Passage::all(local, position).map(|passage| advance_stream(&passage, step));
+            let mut inputs = inputs.collect::<Result<Vec<_>>>()?.into_iter();
+            let x = inputs.next().flatten();
+            if let (SiteKind::GateUp, Some(x), true) = (site, &x, sums) {
+                let layer = shared.stages.block(block, &shared.tower, &shared.rotary)?;
+                mixture::count(local, block, position, &layer, x)?;
+            }
+            let original = inputs.next().flatten();
+            x.map(|x| SiteInput { site, x, original }).into_iter().collect()
+        }
     };
-    let x = next().ok_or_else(|| Error::Worker("no forward pass runs".into()))??;
-    let original = next().transpose()?;
     let batch = shared.batches.get(position);
-    Ok(SiteInput {
+    Ok(Inputs {
         probe: position == PROBE,
         multiplicity: batch.map_or(0, |batch| batch.multiplicity),
         held_out: batch.is_some_and(|batch| batch.held_out),
-        x,
-        original,
+        sites,
     })
 }
 
-/// One batch, one stream, from the input of the step before to the input of this one.
-fn advance_stream(local: &Local, step: u64, position: usize, stream: Stream) -> Result<Tensor> {
-    let shared = &local.shared;
-    let linears = |step| match stream {
-        Stream::Original => shared.stages.original(step, &shared.plan, &shared.tower),
-        Stream::Quantized => shared
-            .stages
-            .quantized(step, || super::install::committed_linears(shared, step)),
+/// One batch, one stream, from the input of the step before to the input of this one; `None` where an earlier step had this input.
+fn advance_stream(passage: &Passage<'_>, step: u64) -> Result<Option<Tensor>> {
+    let plan = &passage.local.shared.plan;
+    let (block, site) = plan.step(step);
+    let layer = passage.layer(block)?;
+    let carriers = || -> Result<Vec<_>> { plan.carriers(step).map(|step| passage.linears(step)).collect() };
+    let before = || passage.linears(step - 1);
+    let compress = || -> Result<Latents> {
+        let latents = layer.compress(&layer.enter(&passage.get(Slot::Residual)?)?, &before()?)?;
+        passage.put(Slot::Latents, &latents.join()?)?;
+        Ok(latents)
     };
-    let (block, site) = shared.plan.step(step);
-    let layer = |block: usize| shared.stages.block(block, &shared.tower, &shared.rotary);
-    let (residual_key, input_key) = (
-        (position, stream, Slot::Residual),
-        (position, stream, Slot::SiteInput),
-    );
-    let mut store = local.store.borrow_mut();
-    let residual = store.get(residual_key)?;
-    Ok(match site {
+    let x = match site {
         SiteKind::Qkv => {
-            let residual = match store.take(input_key)? {
-                Some(x) => {
-                    let residual = layer(block - 1)?.join_mlp(&residual, &x, &linears(step - 1)?)?;
-                    store.put(residual_key, &residual)?;
-                    residual
-                }
-                // The first block of a run, or the first after a replay.
-                None => residual,
-            };
-            layer(block)?.enter(&residual)?
+            if block > 0 {
+                leave(passage, step - 1)?;
+            }
+            layer.enter(&passage.get(Slot::Residual)?)?
         }
+        SiteKind::QB => compress()?.query,
+        SiteKind::KvB if plan.carriers(step).is_empty() => {
+            layer.split_latents(&passage.get(Slot::Latents)?)?.key_value
+        }
+        SiteKind::KvB => compress()?.key_value,
         SiteKind::O => {
-            let layer = layer(block)?;
-            let x = layer.attend(
-                &layer.enter(&residual)?,
-                &linears(step - 1)?,
-                local.sequence_length(position),
-            )?;
-            store.put(input_key, &x)?;
+            let length = passage.local.sequence_length(passage.position);
+            let x = match &carriers()?[..] {
+                // q_b and kv_b, or kv_b alone.
+                linears if layer.spec.mla.is_some() => {
+                    let latents = layer.split_latents(&passage.expect(Slot::Latents)?)?;
+                    let (key_value, query) = linears
+                        .split_last()
+                        .ok_or_else(|| Error::Worker("no linear of latent attention".into()))?;
+                    let query = query.first().map_or(&[][..], |query| &query[..]);
+                    layer.attend_latents(&latents, query, key_value, length)?
+                }
+                _ => layer.attend(&layer.enter(&passage.get(Slot::Residual)?)?, &before()?, length)?,
+            };
+            passage.put(Slot::SiteInput, &x)?;
             x
         }
-        SiteKind::GateUp => {
-            let layer = layer(block)?;
-            let x = store.take(input_key)?;
-            let x = x.ok_or_else(|| Error::Worker("an activation was lost".into()))?;
-            let residual = layer.join_attention(&residual, &x, &linears(step - 1)?)?;
-            store.put(residual_key, &residual)?;
+        SiteKind::GateUp if plan.leads(step) => {
+            let x = passage.expect(Slot::SiteInput)?;
+            let residual = layer.join_attention(&passage.get(Slot::Residual)?, &x, &before()?)?;
+            passage.put(Slot::Residual, &residual)?;
             layer.mlp_input(&residual)?
         }
+        SiteKind::GateUp => {
+            let sum = mixture::add_outputs(passage, step - 1)?;
+            passage.put(Slot::Mixture, &sum)?;
+            return Ok(None);
+        }
+        // Of the MLP, or of a mixture's shared expert.
         SiteKind::Down => {
-            let layer = layer(block)?;
-            let x = layer.gate(&layer.mlp_input(&residual)?, &linears(step - 1)?)?;
-            store.put(input_key, &x)?;
+            let x = layer.gate(&layer.mlp_input(&passage.get(Slot::Residual)?)?, &before()?)?;
+            passage.put(Slot::SiteInput, &x)?;
             x
         }
-        SiteKind::QB | SiteKind::KvB | SiteKind::ExpertDown(_) => {
-            return Err(Error::Worker(format!("no sequential run reaches {site:?} yet")));
+        SiteKind::ExpertDown(_) => return Err(Error::Worker("experts go in groups".into())),
+    };
+    Ok(Some(x))
+}
+
+/// From the input of a block's last downs, those of step `last`, to the residual after the block.
+fn leave(passage: &Passage<'_>, last: u64) -> Result<()> {
+    let (block, _) = passage.local.shared.plan.step(last);
+    let layer = passage.layer(block)?;
+    let after = match layer.mixture {
+        Some(_) => {
+            let sum = mixture::add_outputs(passage, last)?;
+            layer.join_mixture(&passage.get(Slot::Residual)?, sum)?
         }
-    })
+        None => {
+            let x = passage.expect(Slot::SiteInput)?;
+            layer.join_mlp(&passage.get(Slot::Residual)?, &x, &passage.linears(last)?)?
+        }
+    };
+    passage.put(Slot::Residual, &after)
 }

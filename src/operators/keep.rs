@@ -1,10 +1,12 @@
-//! `keep`: adds a block's sums to those that the artifact holds, writes them, notes it in the ledger, and lets the next step begin.
+//! `keep`: adds a step's sums to those that the artifact holds and writes them; notes a finished block in the ledger, and lets the next
+//! step begin.
 
 use super::at_step_end;
 use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
 use crate::ledger::Record;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -15,26 +17,36 @@ pub fn keep<'scope>(
     merged: StreamVec<'scope, u64, Merged>,
     local: Rc<Local>,
     artifact: Arc<Artifact>,
+    work: PathBuf,
 ) -> StreamVec<'scope, u64, Go> {
     let shared = Arc::clone(&local.shared);
-    let own = local.index as u64;
-    let mut block_sums = Vec::new();
+    let peers = local.peers;
+    let mut writer = None;
     let kept = at_step_end(
         merged,
         "keep",
-        // It is where its block is merged.
-        move |_| own,
+        // A block's file is one worker's.
+        move |merged| (merged.block % peers) as u64,
         local,
-        move |step, merged: Vec<Merged>| {
-            let (block, site) = shared.plan.step(step);
-            for Merged(mut sums) in merged {
+        move |step, mut merged: Vec<Merged>| {
+            let (block, _) = shared.plan.step(step);
+            let mut file = match writer.take() {
+                Some(writer) => writer,
+                None => artifact.block_writer(&work, block, shared.plan.block_sites(block))?,
+            };
+            merged.sort_by_key(|merged| merged.site);
+            for Merged { site, statistics, .. } in merged {
+                // A later part of a site that is summed already.
+                let Some(mut sums) = statistics else { continue };
                 if !artifact.header.blocks.is_empty() {
                     sums.merge(&artifact.site(block, site, &shared.room(step))?)?;
                 }
-                block_sums.push(sums);
+                file.add(site, &sums)?;
             }
-            if shared.plan.ends_block(step) {
-                let file = artifact.write_block(block, &std::mem::take(&mut block_sums))?;
+            if !shared.plan.ends_block(step) {
+                writer = Some(file);
+            } else {
+                let file = file.finish()?;
                 shared.output.note(Record::Statistics {
                     block: block as u64,
                     file,

@@ -1,11 +1,12 @@
-//! `load`: reads a step's sums from an artifact, on the worker that owns its block.
+//! `load`: reads a step's sums from an artifact, each site's on the worker that owns it.
 
+use super::experts::Reached;
 use super::local::Local;
 use super::records::{Go, Merged};
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
-use crate::memory::Room;
-use crate::statistics::{Exponents, SiteStatistics};
+use crate::model::SiteKind;
+use crate::statistics::SiteStatistics;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::container::CapacityContainerBuilder;
@@ -13,7 +14,7 @@ use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::Operator;
 
-/// Every worker is told of every step; its owner reads. Where nothing is to be solved, nothing is read: the sums are empty.
+/// Every worker is told of every step; a site's owner reads. Where nothing is to be solved, nothing is read.
 pub fn load<'scope>(
     steps: StreamVec<'scope, u64, Go>,
     local: Rc<Local>,
@@ -26,31 +27,44 @@ pub fn load<'scope>(
                     return;
                 };
                 let step = *capability.time();
-                if local.owner(step) != local.index as u64 {
-                    return;
-                }
-                if let Some(sums) = local.run("load", || read(&local, &artifact, step)) {
-                    output.session(&capability).give(Merged(sums));
+                let (block, _) = local.shared.plan.step(step);
+                for &site in local.shared.plan.step_sites(step) {
+                    if local.owner(block, site) != local.index as u64 {
+                        continue;
+                    }
+                    if let Some(statistics) = local.run("load", || read(&local, &artifact, step, site)) {
+                        output.session(&capability).give(Merged {
+                            block,
+                            site,
+                            statistics,
+                        });
+                    }
                 }
             });
         }
     })
 }
 
-fn read(local: &Local, artifact: &Artifact, step: u64) -> Result<SiteStatistics> {
-    if !local.shared.plan.is_active(step) {
-        return SiteStatistics::new(Exponents::from_values(Vec::new()), &[], &Room::Memory);
+fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result<Option<SiteStatistics>> {
+    let plan = &local.shared.plan;
+    let (block, _) = plan.step(step);
+    if !plan.leads(step) || !plan.is_summed(block, site) {
+        return Ok(None);
     }
-    let (block, site) = local.shared.plan.step(step);
+    if site == SiteKind::GateUp {
+        // For the report: these linears are of experts that not all of its tokens reach.
+        let sites = plan.block_sites(block).into_iter().map(|(site, _)| site);
+        let experts = sites.filter(|site| matches!(site, SiteKind::ExpertDown(_)));
+        let tokens = artifact.tokens(block, experts)?.into_iter();
+        local
+            .shared
+            .experts
+            .set(block, tokens.map(Reached::new).collect())?;
+    }
     let sums = artifact.site(block, site, &local.shared.room(step))?;
-    let wanted = local
-        .shared
-        .plan
-        .step_linears(step)
-        .first()
-        .map(|linear| linear.columns);
+    let wanted = plan.step_linears(step).first().map(|linear| linear.columns);
     match wanted == Some(sums.width()) {
-        true => Ok(sums),
+        true => Ok(Some(sums)),
         false => Err(Error::invalid(
             artifact.folder().display().to_string(),
             format!(

@@ -2,13 +2,14 @@
 
 use super::accumulate::Sums;
 use super::activations::{ActivationStore, Stream};
+use super::experts::ExpertTokens;
 use super::stages::Stages;
 use crate::calibration::Batch;
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Record};
 use crate::memory::Room;
-use crate::model::{Rotary, Tower};
+use crate::model::{Rotary, SiteKind, Tower};
 use crate::plan::{Fit, Plan};
 use crate::report::{CpuClock, Observer};
 use crate::statistics::Product;
@@ -156,6 +157,8 @@ pub struct Shared {
     pub rotary: Vec<Arc<Rotary>>,
     /// Sums of the steps in work.
     pub sums: Sums,
+    /// How many tokens the experts of the blocks in work were sent.
+    pub experts: ExpertTokens,
     /// Weights of the steps in work.
     pub stages: Stages,
     /// The target.
@@ -193,9 +196,13 @@ pub struct Local {
 }
 
 impl Local {
-    /// The worker that factors or keeps the sums of a step.
-    pub fn owner(&self, step: u64) -> u64 {
-        (self.shared.plan.step(step).0 % self.peers) as u64
+    /// The worker that factors or keeps the sums of a site. A mixture's experts are dealt over all.
+    pub fn owner(&self, block: usize, site: SiteKind) -> u64 {
+        let turn = match site {
+            SiteKind::ExpertDown(expert) => expert as usize,
+            _ => 0,
+        };
+        ((block + turn) % self.peers) as u64
     }
 
     /// Tokens of one sequence of a batch.

@@ -1,10 +1,11 @@
 //! The timely operators of quantflow, one a file, each a function from stream to stream. They know no command line and
-//! no graph: pipelines chain them. Time is the step, `block * 4 + site`; records are small, tensors stay in worker-local state.
+//! no graph: pipelines chain them. Time is the step, a position in the plan; records are small, tensors stay in worker-local state.
 
 pub mod accumulate;
 pub mod activations;
 pub mod commit;
 pub mod embed;
+pub mod experts;
 pub mod factor;
 pub mod forward;
 pub mod groups;
@@ -13,6 +14,7 @@ pub mod keep;
 pub mod kept;
 pub mod load;
 pub mod local;
+mod mixture;
 pub mod pack;
 pub mod records;
 pub mod solve;

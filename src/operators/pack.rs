@@ -1,9 +1,11 @@
 //! `pack`: a linear's chunks become one quantized weight, its bytes in the output's layout, and its line in the report.
 
 use super::at_step_end;
+use super::experts::tokens_min;
 use super::local::Local;
-use super::records::{PackedLinear, SolvedChunk};
+use super::records::{FactorFacts, PackedLinear, SolvedChunk};
 use crate::error::{Error, Result};
+use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
 use crate::plan::PlannedLinear;
 use crate::report::Row;
@@ -33,7 +35,7 @@ pub fn pack<'scope>(
                 .map(|(linear, mut chunks)| {
                     chunks.sort_by_key(|chunk| chunk.chunk);
                     let planned = &shared.plan.linears[linear];
-                    let Some((weight, row)) = assemble(planned, chunks)? else {
+                    let Some((weight, mut row)) = assemble(planned, chunks)? else {
                         return Ok(PackedLinear {
                             linear,
                             quantized: None,
@@ -41,6 +43,10 @@ pub fn pack<'scope>(
                             row: None,
                         });
                     };
+                    let sent = (planned.expert()).and_then(|e| shared.experts.of(planned.block, e));
+                    if let Some(sent) = sent {
+                        row.tokens = sent.tokens.max(0) as u64;
+                    }
                     Ok(PackedLinear {
                         linear,
                         tensors: shared.plan.format.pack(&weight),
@@ -96,7 +102,8 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
     }
     let retried =
         (facts.retries > 0).then(|| format!("damping raised {} times to factor the Hessian", facts.retries));
-    let notes: Vec<String> = planned.fallback.clone().into_iter().chain(retried).collect();
+    let fallback = planned.fallback.clone().into_iter();
+    let notes: Vec<String> = fallback.chain(retried).chain(too_few(planned, facts)).collect();
     let row = Row {
         name: planned.name.clone(),
         scheme: planned.scheme(),
@@ -112,4 +119,19 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         seconds,
     };
     Ok(Some((weight, row)))
+}
+
+/// What an expert's report says where too few tokens were sent to it.
+fn too_few(planned: &PlannedLinear, facts: FactorFacts) -> Option<String> {
+    let SiteKind::ExpertDown(_) = planned.site else {
+        return None;
+    };
+    let (tokens, width, borrowed) = (facts.tokens, planned.columns, facts.borrowed);
+    (tokens < tokens_min(width)).then(|| {
+        let lent = match borrowed {
+            0 => "plain rounding counts".to_owned(),
+            _ => format!("{borrowed} that were sent to other experts count"),
+        };
+        format!("{tokens} tokens for {width} channels: {lent} for the missing ones; more text, or --all-experts, would help")
+    })
 }

@@ -1,5 +1,6 @@
 //! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
 
+use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
 use crate::numerics::factor::Factor;
 use crate::numerics::panels::Panels;
@@ -14,35 +15,55 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Go;
 
-/// A site's input for one batch, on the worker that holds the batch: `[tokens, width]`.
+/// A step's inputs for one batch, on the worker that holds the batch.
 #[derive(Clone, Debug)]
-pub struct SiteInput {
+pub struct Inputs {
     /// It is the probe: it sets the exponents and is not summed.
     pub probe: bool,
     /// How often it counts.
     pub multiplicity: i64,
     /// It is kept apart, to measure on.
     pub held_out: bool,
+    /// Those that are to be summed. None where an earlier step summed them; of an expert, where no token is sent to it.
+    pub sites: Vec<SiteInput>,
+}
+
+/// A site's input for one batch: `[tokens, width]`. An expert's rows are multiplied by their gates.
+#[derive(Clone, Debug)]
+pub struct SiteInput {
+    /// The site.
+    pub site: SiteKind,
     /// In the model whose inputs are summed.
     pub x: Tensor,
     /// In the original model, where that is matched.
     pub original: Option<Tensor>,
 }
 
-/// The complete statistics of a step, on the worker that owns its block.
+/// The complete statistics of a site, on the worker that owns it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Merged(pub SiteStatistics);
+pub struct Merged {
+    /// Decoder layer.
+    pub block: usize,
+    /// The site.
+    pub site: SiteKind,
+    /// None where nothing is to be solved from them, or an earlier step has them.
+    pub statistics: Option<SiteStatistics>,
+}
 
-/// The factor of a step, for every worker.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The factor of a site, for every worker.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Factored {
+    /// The site; none for all of a step's linears.
+    pub site: Option<SiteKind>,
     /// None where the step has nothing to quantize, or the method needs no statistics; several, with different damping, to choose
     /// from by the held-out error.
     pub factors: Vec<Arc<Factor>>,
     /// XᵀX over held-out tokens, upper panels.
     pub held_out: Option<Arc<Panels>>,
-    /// Tokens behind the factors.
+    /// Tokens that reached the site.
     pub tokens: u64,
+    /// Tokens that an expert borrowed: they were sent to others, and count in the place of those that it lacks.
+    pub borrowed: u64,
 }
 
 /// Some rows of a linear, solved.
@@ -65,8 +86,10 @@ pub struct SolvedChunk {
 /// What the report tells of a factor.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct FactorFacts {
-    /// Tokens behind it.
+    /// Tokens that reached the site.
     pub tokens: u64,
+    /// Tokens that count besides, in the place of those that an expert lacks.
+    pub borrowed: u64,
     /// Damping used.
     pub damp_percent: f64,
     /// Failed factorizations before it.

@@ -17,7 +17,7 @@ use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// The chunks of each step's linears that fall to this worker.
+/// The chunks of each step's linears that fall to this worker, a site's as soon as its factor is there.
 pub fn solve<'scope>(
     factors: StreamVec<'scope, u64, Factored>,
     local: Rc<Local>,
@@ -34,12 +34,14 @@ pub fn solve<'scope>(
                 for factored in data.flat_map(|container| container.drain(..)) {
                     let linears = local.shared.plan.step_linears(*capability.time());
                     let chunks = linears.iter().flat_map(|linear| {
-                        (0..linear.rows.div_ceil(CHUNK_ROWS)).map(|chunk| (linear.index, chunk))
+                        (0..linear.rows.div_ceil(CHUNK_ROWS)).map(move |chunk| (linear, chunk))
                     });
-                    let own = chunks.enumerate().filter(|(i, _)| i % local.peers == local.index);
-                    queue.extend(
-                        own.map(|(_, (linear, chunk))| (capability.clone(), linear, chunk, factored.clone())),
-                    );
+                    let own = chunks.enumerate().filter(|(i, (linear, _))| {
+                        i % local.peers == local.index && factored.site.is_none_or(|site| site == linear.site)
+                    });
+                    queue.extend(own.map(|(_, (linear, chunk))| {
+                        (capability.clone(), linear.index, chunk, factored.clone())
+                    }));
                 }
             });
             if let Some((capability, linear, chunk, factored)) = queue.pop_front() {
@@ -94,6 +96,7 @@ fn solve_chunk(
     });
     let facts = factor.map(|factor| FactorFacts {
         tokens: factored.tokens,
+        borrowed: factored.borrowed,
         damp_percent: factor.damp_percent,
         retries: factor.retries,
         dead: factor.dead,

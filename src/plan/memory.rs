@@ -9,6 +9,9 @@ use crate::numerics::panels::{PANEL_ROWS, Shape};
 const BASE_BYTES: u64 = 64 << 20;
 /// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
 const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
+/// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
+/// few, little beside what a mixture of experts needs to run at all.
+const GROUP_BYTES: u64 = 1 << 30;
 
 /// Which graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,11 +68,32 @@ impl Fit {
 }
 
 impl Plan {
-    /// Bytes between two steps of `tokens` tokens: the residual in f32, the widest input in 16 bits.
-    fn activation_bytes(&self, load: &Load) -> u64 {
-        let widths = self.linears.first().map_or(0, |l| l.columns * 4)
-            + self.linears.iter().map(|l| l.columns * 2).max().unwrap_or(0);
-        (load.tokens * load.streams * widths) as u64
+    /// Puts as many experts of a mixture in a group as stay within half of the budget `memory`, or within [`GROUP_BYTES`] where there is
+    /// none: the larger the groups, the fewer the passes over the batches. The output is the same for any.
+    pub fn group_experts(&mut self, memory: Option<u64>, load: &Load) {
+        let Some(most) = self.linears.iter().filter_map(PlannedLinear::expert).max() else {
+            return;
+        };
+        self.cut(1);
+        let allowed = memory
+            .map_or(GROUP_BYTES, |memory| memory / 2)
+            .max(self.peak_in_memory(load));
+        let mut experts = most + 1;
+        while experts > 1 {
+            self.cut(experts);
+            if self.peak_in_memory(load) <= allowed {
+                return;
+            }
+            experts = experts.div_ceil(2);
+        }
+        self.cut(1);
+    }
+
+    /// Predicted peak of resident bytes besides activations, with all matrices in memory.
+    fn peak_in_memory(&self, load: &Load) -> u64 {
+        let spilled = vec![false; self.steps.len()];
+        let peaks = (0..self.steps()).map(|step| self.peak(load, step, &spilled));
+        peaks.max().unwrap_or(BASE_BYTES)
     }
 
     /// Fits `load` into `memory`, the budget, or else into what the machine has `available`: large matrices go to scratch files where
@@ -79,11 +103,12 @@ impl Plan {
     /// The budget holds no step even so.
     pub fn fit(&self, load: &Load, memory: Option<u64>, available: u64) -> Result<Fit> {
         let limit = memory.unwrap_or(available);
-        let mut spilled = vec![false; self.steps.len()];
+        let nothing = vec![false; self.steps.len()];
+        let mut spilled = nothing.clone();
         let mut smallest = 0;
         for step in 0..self.steps() {
             let mut candidates = self.beside(load.graph, step);
-            candidates.sort_by_key(|&step| self.needs(load, step, false).matrices);
+            candidates.sort_by_key(|&step| self.needs(load, step, &nothing).matrices);
             while self.peak(load, step, &spilled) > limit {
                 match candidates.pop() {
                     Some(largest) => spilled[largest as usize] = true,
@@ -110,7 +135,7 @@ impl Plan {
                 format!("the smallest budget that would is {smallest} bytes; fewer --workers need less"),
             ));
         }
-        let activations = self.activation_bytes(load);
+        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
         let resident = memory.map_or(RESIDENT_BYTES_DEFAULT, |budget| budget - fixed);
         let resident = resident.min(activations);
         let matrices = |step| {
@@ -120,7 +145,7 @@ impl Plan {
         };
         let in_files = |step| {
             matrices(step)
-                .map(|step| self.needs(load, step, false).matrices)
+                .map(|step| self.needs(load, step, &nothing).matrices)
                 .sum::<u64>()
         };
         Ok(Fit {
@@ -131,41 +156,42 @@ impl Plan {
         })
     }
 
+    /// Predicted peak of resident bytes of a step, activations aside.
+    pub fn step_bytes(&self, load: &Load, fit: &Fit, step: u64) -> u64 {
+        self.peak(load, step, &fit.spilled)
+    }
+
     /// The steps whose matrices are there at the same time as those of `step`, itself among them.
     fn beside(&self, graph: Graph, step: u64) -> Vec<u64> {
         match graph {
-            Graph::Sequential => vec![step],
-            Graph::Statistics { .. } => self.block_steps(self.step(step).0).collect(),
+            Graph::Sequential => self.shared_input(step).into_iter().chain([step]).collect(),
+            Graph::Statistics { .. } => vec![step],
             // The next step is loaded and factored while this one is solved.
-            Graph::Solve { .. } => (step..(step + 2).min(self.steps())).collect(),
+            Graph::Solve { .. } => {
+                let steps = step..(step + 2).min(self.steps());
+                self.shared_input(step).into_iter().chain(steps).collect()
+            }
             Graph::DataFree => Vec::new(),
         }
     }
 
-    /// Predicted peak of resident bytes of a step, those between steps aside: that of its largest phase.
+    /// Predicted peak of resident bytes of a step, activations aside: that of its largest phase.
     fn peak(&self, load: &Load, step: u64, spilled: &[bool]) -> u64 {
-        let needs = |step: u64| self.needs(load, step, spilled[step as usize]);
-        let own = needs(step);
+        let own = self.needs(load, step, spilled);
         let bytes = match load.graph {
             Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
-            Graph::Statistics { .. } => {
-                // The block's sums wait for its end, and one site's are added to those that are held.
-                let sums = self
-                    .beside(load.graph, step)
-                    .into_iter()
-                    .map(|step| needs(step).sums);
-                own.forward + sums.clone().sum::<u64>() - own.sums + sums.max().unwrap_or(0)
-            }
+            // Sums that the artifact holds are read, a site at a time.
+            Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
             Graph::DataFree => own.solve.max(own.install),
             Graph::Solve { .. } => {
-                let next = self.beside(load.graph, step).into_iter().skip(1);
-                own.solve.max(own.install) + next.map(|step| needs(step).factor).sum::<u64>()
+                let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled).factor);
+                own.solve.max(own.install) + next.unwrap_or(0)
             }
         };
         BASE_BYTES + self.reading_bytes + bytes
     }
 
-    fn needs(&self, load: &Load, step: u64, spilled: bool) -> Needs {
+    fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
         Needs::new(self, load, step, spilled)
     }
 }
@@ -187,8 +213,9 @@ struct Needs {
 }
 
 impl Needs {
-    fn new(plan: &Plan, load: &Load, step: u64, spilled: bool) -> Self {
+    fn new(plan: &Plan, load: &Load, step: u64, spilled: &[bool]) -> Self {
         let recipe = &plan.recipe;
+        let in_files = |step: u64| spilled[step as usize];
         let (workers, tokens) = (load.workers as u64, load.batch_tokens as u64);
         let matching = u64::from(load.graph == Graph::Sequential && recipe.match_original > 0.0);
         let refined = u64::from(recipe.refine_rounds() > 0);
@@ -197,47 +224,75 @@ impl Needs {
             Graph::Sequential | Graph::DataFree => 0,
         };
         let linears = plan.step_linears(step);
-        let before = plan.step_linears(step.max(1) - 1);
-        let width = linears.first().map_or(0, |linear| linear.columns);
-        let elements = |shape: Shape| (shape.elements(width) * 8) as u64;
-        let (half, full) = (elements(Shape::Upper), elements(Shape::Full));
-        let panel = (PANEL_ROWS.min(width) * width * 8) as u64;
+        let before = plan.carrying(plan.carriers(step));
+        // Weights that have served no batch yet, of earlier steps.
+        let waiting = match load.graph {
+            Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
+                let next = plan.carriers(step + 1);
+                plan.carrying(next.start..step.max(next.start))
+            }
+            _ => &[],
+        };
         let weights = |linears: &[PlannedLinear]| -> u64 {
             linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
         };
         let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
             .map(|linear| (linear.rows * linear.columns) as u64)
             .sum();
-        let rows = |linears: &[PlannedLinear]| -> u64 { linears.iter().map(|l| l.rows as u64).sum() };
-        let width = width as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products.
-        let carried = 3 * rows(before) / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * matching;
         let factors = match load.graph {
             Graph::DataFree => 0,
             _ => recipe.damp_percent.candidates().len() as u64,
         };
-        let sums = half * (1 + held_out) + full * matching;
-        // Refinement reads whole rows of XᵀX, and so does whoever reads it from files.
-        let whole = refined.max(u64::from(spilled)) * factors.min(1);
-        let kept = factors * half + whole * full + full * matching + half * held_out;
-        let factored = kept + (1 - whole) * half;
+        let width = linears.first().map_or(0, |linear| linear.columns);
+        let elements = |shape: Shape, width| (shape.elements(width) * 8) as u64;
+        // What is kept of a site's products while it is solved. Refinement reads whole rows of XᵀX, and so does whoever reads it from files.
+        let whole = |spilled: bool| refined.max(u64::from(spilled)) * factors.min(1);
+        let kept_of = |width: usize, spilled: bool| {
+            let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+            factors * half + whole(spilled) * full + full * matching + half * held_out
+        };
+        let panel_of = |width: usize| (PANEL_ROWS.min(width) * width * 8) as u64;
+        let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+        let sites = plan.step_sites(step).len() as u64;
+        let summed = if plan.leads(step) { sites } else { 0 };
+        let sums = summed * (half * (1 + held_out) + full * matching);
+        let kept = sites * kept_of(width, in_files(step));
+        let factored = kept + half * u64::from(summed > 0 && whole(in_files(step)) == 0);
+        // The factor of gate and up, between a mixture's first part and its last.
+        let shared = match plan.shared_input(step) {
+            Some(lead) if !matches!(load.graph, Graph::Statistics { .. }) && !in_files(lead) => {
+                kept_of(plan.step_linears(lead)[0].columns, false)
+            }
+            _ => 0,
+        };
+        let held = shared + weights(waiting) * (1 + matching);
+        // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
+        // while the matrix that it copies from is another; the solver one a worker.
+        let panel = panel_of(width);
+        let (of_sums, of_factor, of_solve) = match in_files(step) {
+            true => (workers * panel, 3 * panel, workers * panel),
+            false => (sums, factored, kept),
+        };
+        let width = width as u64;
+        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
+        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
+        // their inputs are there at once, at worst those of all tokens.
+        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
+            None => before.iter().map(|l| l.rows as u64).sum(),
+            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
+        };
+        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
+        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
+            + tokens * width * 4 * matching * sites;
         // Target, codes, sums to the later columns in f64, outputs and the weights as they came in f32, a panel of the factor in f32;
         // with the refinement, errors and gradient in the place of the latter.
         let chunk = CHUNK_ROWS as u64 * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4;
-        // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
-        // while the matrix that it copies from is another; the solver one a worker.
-        let of_sums = if spilled { workers * panel } else { sums };
-        let of_factor = if spilled { 3 * panel } else { factored };
-        let of_solve = if spilled { workers * panel } else { kept };
         Self {
             sums: of_sums,
-            forward: weights(before) * (1 + matching) + workers * batch + of_sums,
-            factor: of_factor,
-            solve: of_solve + weights(linears) + 2 * codes + workers * chunk,
-            install: 3 * codes / 2 + weights(linears) * (1 + matching),
+            forward: held + weights(before) * (1 + matching) + workers * batch + of_sums,
+            factor: held + of_factor,
+            solve: held + of_solve + weights(linears) + 2 * codes + workers * chunk,
+            install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
             matrices: sums.max(factored),
         }
     }

@@ -53,7 +53,7 @@ impl Product {
     }
 
     /// Rows and columns of its panels at a site with `width` channels.
-    fn panels(self, width: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    pub fn panels(self, width: usize) -> Vec<(Range<usize>, Range<usize>)> {
         match self.shape() {
             None => vec![(0..1, 0..width)],
             Some(shape) => panel_rows(width)
