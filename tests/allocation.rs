@@ -468,8 +468,8 @@ fn logits(original: &Source, quantized: &Source, names: &BTreeSet<String>, token
     let mut residual: Tensor = tower.embed(tokens).unwrap();
     for block in 0..tower.blocks() {
         let linear = |spec: &LinearSpec| match names.contains(&tower.linear_name(block, spec)) {
-            true => quantized.linear(block, spec),
-            false => original.linear(block, spec),
+            true => quantized.tower.linear(block, spec),
+            false => original.tower.linear(block, spec),
         };
         let layer = tower.block(block, &rotary).unwrap();
         residual = layer.forward(&residual, tokens.len(), &linear).unwrap();
