@@ -373,6 +373,7 @@ fn artifact() -> Arc<Artifact> {
             change: Change::Collect,
             documents: calibration::documents(&texts, &fixture("model"), 2048).unwrap(),
             held_out: 0.2,
+            all_experts: false,
             workers: 2,
             memory: None,
             scratch: None,
