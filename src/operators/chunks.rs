@@ -25,6 +25,22 @@ pub struct Chunk {
     pub factored: Factored,
 }
 
+impl Chunk {
+    /// Its original weights, `[rows, columns]`.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
+        let shared = &local.shared;
+        let planned = &shared.plan.linears[self.linear];
+        let first = self.chunk * CHUNK_ROWS;
+        let rows = CHUNK_ROWS.min(planned.rows - first);
+        let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
+        let weight = originals[planned.slot].weight.narrow(0, first, rows)?;
+        Ok(weight.flatten_all()?.to_vec1()?)
+    }
+}
+
 /// What `work` makes of the chunks that fall to this worker. An error halts the run.
 pub fn by_chunk<'scope, T: Clone + 'static>(
     factors: StreamVec<'scope, u64, Factored>,

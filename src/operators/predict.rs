@@ -6,7 +6,6 @@ use super::records::{Factored, PredictedChunk};
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::predict::predicted_loss;
-use crate::plan::CHUNK_ROWS;
 use std::rc::Rc;
 use timely::dataflow::StreamVec;
 
@@ -24,11 +23,8 @@ pub fn predict<'scope>(
 }
 
 fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<PredictedChunk> {
-    let Chunk {
-        step, linear, chunk, ..
-    } = given;
-    let shared = &local.shared;
-    let planned = &shared.plan.linears[linear];
+    let (linear, chunk) = (given.linear, given.chunk);
+    let planned = &local.shared.plan.linears[linear];
     // A linear that is left alone loses nothing.
     let Some(grid) = planned.to_solve() else {
         let losses = vec![0.0; widths.len()];
@@ -41,14 +37,7 @@ fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<Predicte
     let Some(factor) = given.factored.factors.first() else {
         return Err(Error::Worker(format!("{} has no factor", planned.name)));
     };
-    let first = chunk * CHUNK_ROWS;
-    let rows = CHUNK_ROWS.min(planned.rows - first);
-    let originals = shared.stages.original(step, &shared.plan, &shared.tower)?;
-    let weights = originals[planned.slot]
-        .weight
-        .narrow(0, first, rows)?
-        .flatten_all()?
-        .to_vec1::<f32>()?;
+    let weights = given.weights(local)?;
     let importance = factor.importance();
     let loss = |&bits: &u32| predicted_loss(&weights, &importance, Grid { bits, ..grid });
     Ok(PredictedChunk {

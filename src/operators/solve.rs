@@ -8,7 +8,6 @@ use crate::numerics::Grid;
 use crate::numerics::factor::Factor;
 use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
-use crate::plan::CHUNK_ROWS;
 use crate::report::thread_cpu;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,34 +22,22 @@ pub fn solve<'scope>(
 }
 
 fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
-    let Chunk {
-        step,
-        linear,
-        chunk,
-        factored,
-    } = given;
     let begin = thread_cpu();
-    let shared = &local.shared;
-    let planned = &shared.plan.linears[linear];
-    let first = chunk * CHUNK_ROWS;
-    let rows = CHUNK_ROWS.min(planned.rows - first);
+    let plan = &local.shared.plan;
+    let planned = &plan.linears[given.linear];
+    let factored = &given.factored;
     let solved = match planned.to_solve() {
         None => None,
         Some(grid) => {
-            let originals = shared.stages.original(step, &shared.plan, &shared.tower)?;
-            let weights = originals[planned.slot]
-                .weight
-                .narrow(0, first, rows)?
-                .flatten_all()?
-                .to_vec1::<f32>()?;
-            let recipe = &shared.plan.recipe;
+            let weights = given.weights(local)?;
+            let recipe = &plan.recipe;
             let options = GptqOptions {
                 match_original: recipe.match_original,
                 refine_rounds: recipe.refine_rounds(),
             };
             match factored.factors.is_empty() {
                 true => Some((round_to_nearest(&weights, planned.columns, grid), None, None)),
-                false => best(&weights, &factored, grid, options),
+                false => best(&weights, factored, grid, options),
             }
         }
     };
@@ -65,8 +52,8 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
         dead: factor.dead,
     });
     Ok(SolvedChunk {
-        linear,
-        chunk,
+        linear: given.linear,
+        chunk: given.chunk,
         rows,
         factor: facts.unwrap_or_default(),
         held_out,
