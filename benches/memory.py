@@ -4,13 +4,14 @@
     python benches/memory.py FOLDER [--quantflow target/release/quantflow]
 
 FOLDER takes the random checkpoints (make_llama.py; 1.5 GB in all) and the outputs. Two tables: the plan against the measured peak over shapes
-and options, and the peak over the number of blocks and of calibration sequences, which must not grow.
+and options (the last with the smallest budget that the plan accepts: matrices and activations in scratch files), and the peak over the number of blocks and of calibration sequences, which must not grow.
 """
 
 import argparse
 import itertools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def run(binary, folder, model, *flags):
     return json.loads(done.stdout)
 
 
+def smallest(binary, model, *flags):
+    """The smallest budget, which the refusal of a smaller one names."""
+    command = [binary, "plan", model, "--memory", "1", *flags, "--calibration-tokens", model / "calibration.npy"]
+    refusal = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True).stderr
+    return re.search(r"smallest budget that would is (\d+) bytes", refusal)[1]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
@@ -47,9 +55,11 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
 
     print("| hidden x intermediate | tokens | flags | predicted MB | measured MB | measured / predicted |\n|---|---|---|---|---|---|")
-    options = (["--match-original", "0"], [], ["--match-original", "0", "--workers", "1"])
+    options = (["--match-original", "0"], [], ["--match-original", "0", "--workers", "1"], ["--memory"])
     for shape, flags in itertools.product((SMALL, WIDE, TALL), options):
         model = make(a.folder, shape, 2, 8, 512)
+        if flags[-1:] == ["--memory"]:
+            flags = [*flags, smallest(a.quantflow, model, *flags[:-1])]
         result = run(a.quantflow, a.folder, model, *flags)
         predicted, measured = (result[key] / 1e6 for key in ("plan_peak_host_bytes", "peak_host_bytes"))
         row = (f"{shape[0]} x {shape[1]}", "8 x 512", " ".join(flags), f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.2f}")
