@@ -140,6 +140,21 @@ fn deepseek(folder: &Path) -> (PathBuf, PathBuf) {
     (coded, plain)
 }
 
+#[test]
+fn experts_are_solved_as_their_values_are() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["deepseek_v3_fp8", "deepseek_v3_w4"] {
+        let plain = folder.path().join(format!("{name}-values"));
+        values_of(&model(name), &plain);
+        let mut recipe = recipe(Method::Gptq, true);
+        (recipe.bits, recipe.group_size) = (8, 0);
+        let solved = same_codes(&model(name), &plain, folder.path(), &recipe, name);
+        recipe.method = Method::Rtn;
+        let rounded = same_codes(&model(name), &plain, folder.path(), &recipe, name);
+        assert_ne!(solved, rounded);
+    }
+}
+
 /// Keeps the notes of a run.
 #[derive(Default)]
 struct Notes(Mutex<Vec<String>>);
