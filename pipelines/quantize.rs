@@ -148,7 +148,7 @@ impl Job {
             workers: self.workers,
             batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
             tokens: tokens.sum(),
-            streams: 1 + usize::from(self.recipe.match_original > 0.0),
+            streams: 1 + usize::from(graph == Graph::Sequential && self.recipe.match_original > 0.0),
         }
     }
 
@@ -278,9 +278,9 @@ pub(super) fn run(
         fit,
         scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches: job.calibration.batches.clone(),
-        pass: match job.recipe.match_original > 0.0 {
-            true => Pass::Both,
-            false => Pass::Quantized,
+        pass: match job.load().streams {
+            2 => Pass::Both,
+            _ => Pass::Quantized,
         },
         probe,
         sums: Sums::default(),

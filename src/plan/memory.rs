@@ -166,7 +166,6 @@ impl Plan {
         match graph {
             Graph::Sequential => self.shared_input(step).into_iter().chain([step]).collect(),
             Graph::Statistics { .. } => vec![step],
-            // The next step is loaded and factored while this one is solved.
             Graph::Solve { .. } => {
                 let steps = step..(step + 2).min(self.steps());
                 self.shared_input(step).into_iter().chain(steps).collect()
@@ -182,10 +181,10 @@ impl Plan {
             Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
             // Sums that the artifact holds are read, a site at a time.
             Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
-            Graph::DataFree => own.solve.max(own.install),
-            Graph::Solve { .. } => {
-                let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled).factor);
-                own.solve.max(own.install) + next.unwrap_or(0)
+            // The next step is begun while this one is solved.
+            Graph::DataFree | Graph::Solve { .. } => {
+                let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled));
+                own.solve.max(own.install) + next.map_or(0, |next| next.factor + next.weights)
             }
         };
         BASE_BYTES + self.reading_bytes + bytes
@@ -206,6 +205,8 @@ struct Needs {
     factor: u64,
     /// Factors, original weights, codes, a chunk a worker.
     solve: u64,
+    /// Original weights.
+    weights: u64,
     /// Codes, packed tensors, weights as the next forward passes need them.
     install: u64,
     /// All matrices of the step at their peak, resident or not.
@@ -217,7 +218,7 @@ impl Needs {
         let recipe = &plan.recipe;
         let in_files = |step: u64| spilled[step as usize];
         let (workers, tokens) = (load.workers as u64, load.batch_tokens as u64);
-        let matching = u64::from(load.graph == Graph::Sequential && recipe.match_original > 0.0);
+        let matching = load.streams as u64 - 1;
         let refined = u64::from(recipe.refine_rounds() > 0);
         let held_out = match load.graph {
             Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
@@ -257,7 +258,7 @@ impl Needs {
         let summed = if plan.leads(step) { sites } else { 0 };
         let sums = summed * (half * (1 + held_out) + full * matching);
         let kept = sites * kept_of(width, in_files(step));
-        let factored = kept + half * u64::from(summed > 0 && whole(in_files(step)) == 0);
+        let factored = kept + half * u64::from(summed > 0 && factors > 0 && whole(in_files(step)) == 0);
         // The factor of gate and up, between a mixture's first part and its last.
         let shared = match plan.shared_input(step) {
             Some(lead) if !matches!(load.graph, Graph::Statistics { .. }) && !in_files(lead) => {
@@ -292,6 +293,7 @@ impl Needs {
             forward: held + weights(before) * (1 + matching) + workers * batch + of_sums,
             factor: held + of_factor,
             solve: held + of_solve + weights(linears) + 2 * codes + workers * chunk,
+            weights: weights(linears),
             install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
             matrices: sums.max(factored),
         }

@@ -15,9 +15,7 @@ impl Plan {
         let tokens = load.tokens as f64;
         let workers = load.workers as f64;
         let forward = 2.0 * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
-        let matching = f64::from(u8::from(
-            recipe.match_original > 0.0 && load.graph == Graph::Sequential,
-        ));
+        let matching = load.streams as f64 - 1.0;
         let rows: f64 = quantized().map(|linear| linear.rows as f64).sum();
         // XᵀX is half a product, X̃ᵀX a whole one.
         let sums = tokens * width * width * (1.0 + 2.0 * matching);
