@@ -119,9 +119,58 @@ fn kernels(c: &mut Criterion) {
     });
 }
 
+/// The same work with matrices in memory and in scratch files, at a width that fits: what it costs to have them there. The kernels read
+/// panels in the same order at any width, so the ratio is that of larger ones as long as the disk keeps up.
+fn rooms(c: &mut Criterion) {
+    let width = 4096;
+    let x = random(TOKENS * width);
+    let rows = random(128 * width);
+    let folder = tempfile::tempdir().unwrap();
+    let grid = Grid {
+        bits: 4,
+        group_size: 128,
+        symmetric: true,
+        scale_dtype: ScaleDtype::Bf16,
+    };
+    for (name, room) in [
+        ("memory", Room::Memory),
+        ("scratch files", Room::Scratch(folder.path().into())),
+    ] {
+        let mut group = c.benchmark_group(format!("width {width}, {name}"));
+        let exponents = Exponents::from_probe(&x, width);
+        let sums = SiteStatistics::new(exponents, &[Product::Gram], &room).unwrap();
+        let sums = Accumulator::from(sums);
+        group.bench_function("exact gram", |b| b.iter(|| sums.add(black_box(&x), None, 1)));
+        let gram = sums.finish().unwrap().into_products().gram.unwrap();
+        let gram = Arc::new(gram.into_full(&room).unwrap());
+        let factored = || {
+            let how = Factoring {
+                damp_percent: 0.01,
+                column_order: ColumnOrder::Static,
+                room: &room,
+                threads: 2,
+            };
+            Factor::new("bench", &gram, None, how).unwrap()
+        };
+        group.bench_function("factor, 2 threads", |b| b.iter(factored));
+        let factor = factored().with_gram(Arc::clone(&gram));
+        for refine_rounds in [0, 2] {
+            let options = GptqOptions {
+                match_original: 0.0,
+                refine_rounds,
+            };
+            group.bench_function(
+                format!("solve, {refine_rounds} rounds of refinement, 128 rows"),
+                |b| b.iter(|| gptq(&rows, &factor, grid, options)),
+            );
+        }
+        group.finish();
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).measurement_time(std::time::Duration::from_secs(2));
-    targets = kernels
+    targets = kernels, rooms
 }
 criterion_main!(benches);
