@@ -1,5 +1,6 @@
 //! Where large matrices lie: in memory, or in scratch files whose pages are resident only while they are used. Knows neither
-//! what a matrix means nor who decides; the plan decides, by step.
+//! what a matrix means nor who decides; the plan decides, by step. Both are mapped, not allocated: what is dropped goes back to the
+//! system at once, where an allocator would keep it for what never comes (seen: half of a peak).
 
 use crate::error::Result;
 use crate::storage::ScratchMap;
@@ -9,10 +10,13 @@ use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
 
+/// Smaller regions are not worth a mapping.
+const MAPPED_BYTES_MIN: usize = 64 << 10;
+
 /// Where new regions are made.
 #[derive(Clone, Debug)]
 pub enum Room {
-    /// On the heap.
+    /// Resident.
     Memory,
     /// In nameless files in this folder.
     Scratch(Arc<Path>),
@@ -24,11 +28,11 @@ impl Room {
     /// # Errors
     /// The disk has no room for it.
     pub fn zeros<T: Pod>(&self, length: usize) -> Result<Region<T>> {
+        let bytes = length * size_of::<T>();
         Ok(Region(match self {
-            Self::Memory => Place::Memory(vec![T::zeroed(); length]),
-            Self::Scratch(folder) => {
-                Place::Scratch(ScratchMap::create(folder, length * size_of::<T>())?, length)
-            }
+            Self::Memory if bytes < MAPPED_BYTES_MIN => Place::Memory(vec![T::zeroed(); length]),
+            Self::Memory => Place::Mapped(ScratchMap::anonymous(bytes)?, length),
+            Self::Scratch(folder) => Place::Scratch(ScratchMap::create(folder, bytes)?, length),
         }))
     }
 }
@@ -42,6 +46,8 @@ pub struct Region<T>(Place<T>);
 enum Place<T> {
     Memory(Vec<T>),
     /// And how many values.
+    Mapped(ScratchMap, usize),
+    /// As the former; pages that are not in use are not resident.
     Scratch(ScratchMap, usize),
 }
 
@@ -50,7 +56,7 @@ impl<T: Pod> Region<T> {
     pub fn len(&self) -> usize {
         match &self.0 {
             Place::Memory(values) => values.len(),
-            Place::Scratch(_, length) => *length,
+            Place::Mapped(_, length) | Place::Scratch(_, length) => *length,
         }
     }
 
@@ -77,6 +83,7 @@ impl<T: Pod> Region<T> {
         assert_eq!(size_of::<T>(), size_of::<U>());
         Region(match self.0 {
             Place::Memory(values) => Place::Memory(bytemuck::allocation::cast_vec(values)),
+            Place::Mapped(map, length) => Place::Mapped(map, length),
             Place::Scratch(map, length) => Place::Scratch(map, length),
         })
     }
@@ -84,7 +91,7 @@ impl<T: Pod> Region<T> {
     fn values(&self) -> &[T] {
         match &self.0 {
             Place::Memory(values) => values,
-            Place::Scratch(map, length) => &cast_slice(map.bytes())[..*length],
+            Place::Mapped(map, length) | Place::Scratch(map, length) => &cast_slice(map.bytes())[..*length],
         }
     }
 
@@ -162,7 +169,9 @@ impl<T: Pod> DerefMut for ValuesMut<'_, T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.0.0 {
             Place::Memory(values) => values,
-            Place::Scratch(map, length) => &mut cast_slice_mut(map.bytes_mut())[..*length],
+            Place::Mapped(map, length) | Place::Scratch(map, length) => {
+                &mut cast_slice_mut(map.bytes_mut())[..*length]
+            }
         }
     }
 }
