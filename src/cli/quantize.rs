@@ -8,7 +8,7 @@ use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::model::families;
+use crate::model::{SiteKind, families};
 use crate::operators::Halt;
 use crate::pipelines::quantize::{Job, Summary, independent, quantize};
 use crate::pipelines::resolve;
@@ -75,7 +75,7 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
             "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
-            "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
+            "experts_per_step": plan.experts_per_step(), "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
         }))?;
         return Ok(Outcome::Fine);
     }
@@ -85,28 +85,41 @@ pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
         plan.blocks(),
         quantized.len()
     );
-    // Linears that differ by their block alone are one line.
+    // Linears that differ by their block, or by their expert, alone are one line.
     let mut kinds: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for linear in &plan.linears {
         let prefix = tower.block_prefix(linear.block);
         let kind = linear.name.strip_prefix(&prefix).unwrap_or(&linear.name);
-        let key = (
-            linear.site,
-            linear.slot,
-            kind,
-            linear.rows,
-            linear.columns,
-            linear.scheme(),
-        );
+        let (site, slot, kind) = match (linear.expert(), &linear.spec.fused) {
+            (Some(expert), Some(slice)) => {
+                let site = match linear.site {
+                    SiteKind::ExpertDown(_) => SiteKind::ExpertDown(0),
+                    site => site,
+                };
+                let any = kind.replacen(&format!(".{expert}."), ".*.", 1);
+                // After the shared expert's.
+                (site, (1, slice.part), any)
+            }
+            _ => (linear.site, (0, linear.slot), kind.to_owned()),
+        };
+        let key = (site, slot, kind, linear.rows, linear.columns, linear.scheme());
         kinds.entry(key).or_default().push(linear.block);
     }
-    for ((_, _, name, rows, columns, scheme), blocks) in kinds {
+    for ((_, _, name, rows, columns, scheme), mut blocks) in kinds {
+        blocks.dedup();
         println!(
             "  {name:<20} {rows:>6} x {columns:<6} {scheme:<20} blocks {}",
             ranges(&blocks)
         );
     }
     println!("  {} tensors are copied as they are", plan.copied.len());
+    if let Some(mixture) = &tower.spec.block.mixture {
+        println!(
+            "experts       {} a layer, {} at a time",
+            mixture.routing.experts,
+            plan.experts_per_step()
+        );
+    }
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",

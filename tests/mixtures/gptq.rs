@@ -1,6 +1,6 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
-use super::{FAMILIES, compare, model, read_rows, rtn, run, text};
+use super::{FAMILIES, compare, model, read_rows, recipe, run, text};
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
 use quantflow::operators::Halt;
@@ -11,17 +11,6 @@ use quantflow::report::{Observer, Row};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-
-fn recipe(name: &str, match_original: f64) -> Recipe {
-    let interleaved = name == "gpt_oss";
-    Recipe {
-        bits: 3,
-        group_size: 0,
-        match_original,
-        ignore: interleaved.then(|| r"mlp\.experts".into()).into_iter().collect(),
-        ..Recipe::default()
-    }
-}
 
 fn gptq(name: &str, output: &Path, calibration: Calibration) -> Job {
     Job {
@@ -58,7 +47,6 @@ fn every_family_is_verified_and_better_than_rounding() {
         );
         let plain = score("gptq", recipe(name, 0.0));
         let matched = score("matched", recipe(name, 0.5));
-        println!("{name}: rtn {rounded:.4}, gptq {plain:.4}, matched {matched:.4}");
         assert!(
             plain < rounded && matched < rounded,
             "{name}: {rounded} {plain} {matched}"
@@ -240,8 +228,8 @@ fn an_expert_that_borrows_is_better_than_one_that_is_rounded() {
     let kl = |name: &str| compare(&at(name), &model("qwen3_moe"), text(16, 24, 8), 2).kl_mean;
     run(&gptq("qwen3_moe", &at("gptq"), text(2, 24, 7))).unwrap();
     assert!(downs(&at("gptq"), 1).iter().any(|row| row.fallback.is_some()));
-    let mut rounded = rtn(&model("qwen3_moe"), &at("rtn"), 2);
-    rounded.recipe.bits = 3;
+    let mut rounded = gptq("qwen3_moe", &at("rtn"), text(2, 24, 7));
+    rounded.recipe.method = Method::Rtn;
     run(&rounded).unwrap();
     assert!(kl("gptq") < kl("rtn"), "{} {}", kl("gptq"), kl("rtn"));
 }
