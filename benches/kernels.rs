@@ -3,9 +3,10 @@
 #![allow(missing_docs)] // criterion's macros define undocumented functions
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use quantflow::memory::Room;
 use quantflow::numerics::attention::{AttentionShape, attention};
 use quantflow::numerics::elementwise::silu_gate;
-use quantflow::numerics::factor::{ColumnOrder, Factor, shift};
+use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
 use quantflow::numerics::gemm::{View, ViewMut, product};
 use quantflow::numerics::solver::{GptqOptions, gptq};
 use quantflow::numerics::{Grid, ScaleDtype};
@@ -45,8 +46,10 @@ fn kernels(c: &mut Criterion) {
                 )
             });
         });
-        let sums =
-            |products| Accumulator::from(SiteStatistics::new(Exponents::from_probe(&x, width), products));
+        let sums = |products| {
+            let exponents = Exponents::from_probe(&x, width);
+            Accumulator::from(SiteStatistics::new(exponents, products, &Room::Memory).unwrap())
+        };
         let gram = sums(&[Product::Gram]);
         group.bench_function("exact gram", |b| b.iter(|| gram.add(black_box(&x), None, 1)));
         let both = sums(&[Product::Gram, Product::Cross]);
@@ -57,9 +60,19 @@ fn kernels(c: &mut Criterion) {
         let products = both.finish().unwrap().into_products();
         let gram = products.gram.unwrap();
         let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
-        let factored = || Factor::new("bench", &gram, shift.clone(), 0.01, ColumnOrder::Static, true);
-        group.bench_function("factor", |b| b.iter(factored));
-        let factor = factored().unwrap();
+        let gram = Arc::new(gram.into_full(&Room::Memory).unwrap());
+        let factored = |threads| {
+            let how = Factoring {
+                damp_percent: 0.01,
+                column_order: ColumnOrder::Static,
+                room: &Room::Memory,
+                threads,
+            };
+            Factor::new("bench", &gram, shift.clone(), how).unwrap()
+        };
+        group.bench_function("factor", |b| b.iter(|| factored(1)));
+        group.bench_function("factor, 2 threads", |b| b.iter(|| factored(2)));
+        let factor = factored(1).with_gram(Arc::clone(&gram));
         let rows = random(128 * width);
         let grid = Grid {
             bits: 4,

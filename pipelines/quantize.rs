@@ -5,8 +5,9 @@ use super::statistics::{self, Change};
 use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
-use crate::checkpoint::{Checkpoint, OutputLayout, OutputWriter, hex};
+use crate::checkpoint::{OutputLayout, OutputWriter, hex};
 use crate::error::{Error, IoContext, Result};
+use crate::formats::{CONFIG_KEYS, Reader};
 use crate::ledger::Record;
 use crate::model::Tower;
 use crate::operators::accumulate::Sums;
@@ -15,7 +16,7 @@ use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
-use crate::plan::{Graph, Plan};
+use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, CpuClock, Observer, Row};
 use crate::storage::{self, FolderLock};
@@ -96,6 +97,8 @@ pub struct Summary {
     pub resumed_blocks: usize,
     /// Linears that were copied from the output that was there before.
     pub reused_linears: usize,
+    /// Weights that the source has quantized and the recipe leaves alone, written as their values.
+    pub dequantized: usize,
     /// SHA-256 over the bytes of the output's tensors in name order.
     pub output_digest: String,
     /// What the calibration used and left out.
@@ -126,34 +129,35 @@ impl Job {
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, Device::Cpu)?;
         let mut plan = Plan::new(self.recipe.clone(), &tower)?;
-        plan.group_experts(self.memory, self.graph(), self.workers, self.batch_tokens());
+        plan.group_experts(self.memory, &self.load());
         Ok((tower, plan))
     }
 
-    fn graph(&self) -> Graph {
-        match (self.recipe.method, &self.statistics) {
+    /// What the run carries.
+    pub fn load(&self) -> Load {
+        let graph = match (self.recipe.method, &self.statistics) {
             (Method::Rtn, _) => Graph::DataFree,
             (Method::Gptq, None) => Graph::Sequential,
             (Method::Gptq, Some(artifact)) => Graph::Solve {
                 held_out: artifact.header.origin.holds_out(),
             },
+        };
+        let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
+        Load {
+            graph,
+            workers: self.workers,
+            batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
+            tokens: tokens.sum(),
+            streams: 1 + usize::from(self.recipe.match_original > 0.0),
         }
     }
 
-    fn batch_tokens(&self) -> usize {
-        self.calibration.batch_tokens_max().max(PROBE_TOKENS)
-    }
-
-    /// Predicted peak of resident bytes, and the share of it that activations may take.
+    /// How the run fits into its budget, or into what the machine has.
     ///
     /// # Errors
     /// `--memory` is less than what the run needs without a single resident activation.
-    pub fn predict(&self, plan: &Plan) -> Result<(u64, u64)> {
-        let fixed = plan.fixed_bytes(self.graph(), self.workers, self.batch_tokens());
-        let streams = 1 + usize::from(self.recipe.match_original > 0.0);
-        let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
-        let activations = plan.activation_bytes(tokens.sum(), streams);
-        plan.fit(self.memory, fixed, activations, self.workers)
+    pub fn fit(&self, plan: &Plan) -> Result<Fit> {
+        plan.fit(&self.load(), self.memory, report::available_host_bytes())
     }
 
     /// Tokens behind the statistics.
@@ -228,7 +232,8 @@ pub(super) fn run(
             "collect them with: quantflow statistics collect --held-out 0.1; then quantflow solve",
         ));
     }
-    let (plan_peak, resident) = job.predict(&plan)?;
+    let fit = job.fit(&plan)?;
+    let plan_peak = fit.peak_host_bytes;
     let solved = match &job.statistics {
         Some(artifact) => resolve::keys(&plan, artifact)?,
         None => Vec::new(),
@@ -242,6 +247,14 @@ pub(super) fn run(
             "kept: {} of {} linears are what is wanted",
             kept.len(),
             solved.len()
+        ));
+    }
+    if let Some(first) = plan.dequantized.first() {
+        observer.note(&format!(
+            "the source has {} weights quantized that the recipe leaves alone: they are written as their values in {:?}, {} first",
+            plan.dequantized.len(),
+            first.spec.dtype,
+            first.spec.name
         ));
     }
     prepare_folder(job)?;
@@ -262,6 +275,8 @@ pub(super) fn run(
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
         plan,
+        fit,
+        scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches: job.calibration.batches.clone(),
         pass: match job.recipe.match_original > 0.0 {
             true => Pass::Both,
@@ -277,7 +292,7 @@ pub(super) fn run(
         halt: Arc::clone(halt),
     });
     if resumed_blocks < shared.plan.blocks() {
-        drive(job, &shared, resident as usize / job.workers)?;
+        drive(job, &shared)?;
     }
     let made = Made {
         fingerprint,
@@ -401,6 +416,9 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
     for name in &plan.copied {
         writer.copy(name, &tower.checkpoint)?;
     }
+    for coded in &plan.dequantized {
+        writer.write_pieces(&coded.spec.name, |write| tower.dequantize(coded, write))?;
+    }
     if let Some(earlier) = earlier {
         earlier.copy(plan, writer)?;
     }
@@ -408,30 +426,22 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
     output.note(Record::Copied)
 }
 
-fn drive(job: &Job, shared: &Arc<Shared>, resident: usize) -> Result<()> {
+fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
     let left = shared.plan.steps() - shared.plan.block_steps(shared.output.blocks_done()).start;
     let units = left * shared.batches.len().max(1) as u64;
     shared.observer.phase("quantize", units);
-    let scratch = job
-        .scratch
-        .clone()
-        .unwrap_or_else(|| job.output.join(WORK_FOLDER));
     let order = job
         .arrival
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    workers::with_locals(
-        job.workers,
-        shared,
-        &scratch,
-        resident,
-        move |worker, local| match (method, &statistics) {
+    workers::with_locals(job.workers, shared, move |worker, local| {
+        match (method, &statistics) {
             (Method::Rtn, _) => data_free::run(worker, local),
             (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),
             (Method::Gptq, None) => sequential::build(worker, local, &order),
-        },
-    )
+        }
+    })
 }
 
 /// What a finished run tells beside its tensors.
@@ -472,6 +482,11 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         .writer
         .ok_or_else(|| Error::Worker("this run writes no checkpoint".into()))?;
     let output_digest = writer.digest()?;
+    let dequantized: Vec<&str> = plan
+        .dequantized
+        .iter()
+        .map(|coded| coded.spec.name.as_str())
+        .collect();
     let output_bytes = writer
         .layout()
         .tensors()
@@ -484,7 +499,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
     for (name, content) in plan.format.side_files(&layouts) {
         storage::write_json(&folder.join(name), &content)?;
     }
-    copy_side_files(&tower.checkpoint, folder)?;
+    copy_side_files(&tower, folder)?;
     storage::write_whole(&folder.join(REPORT), report::to_json_lines(&rows)?.as_bytes())?;
     let mut summary = Summary {
         output: folder.clone(),
@@ -503,6 +518,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         output_bytes,
         resumed_blocks: 0,
         reused_linears,
+        dequantized: dequantized.len(),
         output_digest,
         calibration: job.calibration.usage.clone(),
         operators: clock.seconds(),
@@ -512,6 +528,8 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
         "quantflow": env!("CARGO_PKG_VERSION"),
         "recipe": job.recipe,
         "architecture": tower.spec.architecture,
+        "source_quantization": tower.reader().map(Reader::describe),
+        "dequantized": dequantized,
         "fingerprint": made.fingerprint,
         "output_digest": summary.output_digest,
         "calibration_tokens": summary.calibration_tokens,
@@ -521,6 +539,7 @@ fn finish(job: &Job, shared: Arc<Shared>, made: Made, measure: impl FnOnce(&mut 
     });
     storage::write_json(&folder.join(PROVENANCE), &provenance)?;
     let mut config = tower.checkpoint.config().clone();
+    forget_quantization(&mut config);
     if let Some(config) = config.as_object_mut() {
         config.insert(
             "quantization_config".into(),
@@ -549,11 +568,28 @@ fn rows(output: &Output) -> Vec<Row> {
     blocks.into_iter().flat_map(|(_, rows)| rows).collect()
 }
 
-fn copy_side_files(source: &Checkpoint, folder: &Path) -> Result<()> {
+fn copy_side_files(tower: &Tower, folder: &Path) -> Result<()> {
+    let source = &tower.checkpoint;
     for name in source.side_files()? {
-        if !["config.json", "quantize_config.json", PROVENANCE].contains(&name.as_str()) {
+        let replaced = ["config.json", "quantize_config.json", PROVENANCE];
+        // llm-compressor's record of how the source was quantized would not be true of the output.
+        let untrue = tower.reader().is_some() && name == "recipe.yaml";
+        if !replaced.contains(&name.as_str()) && !untrue {
             storage::copy_whole(&source.folder().join(&name), &folder.join(&name))?;
         }
     }
     Ok(())
+}
+
+/// Takes the source's quantization out of a `config.json`.
+fn forget_quantization(config: &mut serde_json::Value) {
+    for key in CONFIG_KEYS {
+        let (parent, key) = key.rsplit_once('/').unwrap_or(("", key));
+        if let Some(parent) = config
+            .pointer_mut(parent)
+            .and_then(|parent| parent.as_object_mut())
+        {
+            parent.shift_remove(key);
+        }
+    }
 }

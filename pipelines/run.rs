@@ -7,7 +7,6 @@ use crate::storage;
 use safetensors::Dtype;
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,30 +70,25 @@ where
     }
 }
 
-/// As [`on_workers`], each worker with its [`Local`]; activations beyond `resident` bytes a worker go to a file in `scratch`.
-pub fn with_locals<B>(
-    workers: usize,
-    shared: &Arc<Shared>,
-    scratch: &Path,
-    resident: usize,
-    build: B,
-) -> Result<()>
+/// As [`on_workers`], each worker with its [`Local`] and its share of the resident activations.
+pub fn with_locals<B>(workers: usize, shared: &Arc<Shared>, build: B) -> Result<()>
 where
     B: Fn(&mut Worker, &Rc<Local>) + Send + Sync + 'static,
 {
-    storage::create_folder(scratch)?;
+    storage::create_folder(&shared.scratch)?;
+    let resident = shared.fit.resident_activation_bytes as usize / workers;
     let precision = match shared.tower.weight_dtype() {
         Dtype::BF16 => Precision::Bf16,
         Dtype::F16 => Precision::F16,
         _ => Precision::F32,
     };
-    let (for_workers, scratch) = (Arc::clone(shared), scratch.to_owned());
+    let for_workers = Arc::clone(shared);
     on_workers(workers, &shared.halt, move |worker| {
         let local = Rc::new(Local {
             shared: Arc::clone(&for_workers),
             index: worker.index(),
             peers: worker.peers(),
-            store: RefCell::new(ActivationStore::new(&scratch, resident, precision)),
+            store: RefCell::new(ActivationStore::new(&for_workers.scratch, resident, precision)),
             batches: RefCell::default(),
         });
         build(worker, &local);

@@ -24,6 +24,7 @@ use crate::calibration::{self, Batch, ContentId, Documents, Placed, Tokens, Usag
 use crate::checkpoint::hex;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
+use crate::memory::Room;
 use crate::model::Tower;
 use crate::numerics;
 use crate::operators::accumulate::Sums;
@@ -36,7 +37,7 @@ use crate::operators::keep::keep;
 use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
-use crate::plan::{Graph, Plan};
+use crate::plan::{Graph, Load, Plan};
 use crate::report::{self, CpuClock, Observer};
 use crate::storage::{self, FolderLock};
 use candle_core::Device;
@@ -157,17 +158,18 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     tower.expect_length(length)?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
-    let graph = Graph::Statistics {
-        held_out: artifact.header.origin.holds_out(),
+    let load = Load {
+        graph: Graph::Statistics {
+            held_out: artifact.header.origin.holds_out(),
+        },
+        workers: job.workers,
+        batch_tokens: tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS),
+        tokens: tokens.iter().sum(),
+        streams: 1,
     };
-    let largest = tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS);
-    plan.group_experts(job.memory, graph, job.workers, largest);
-    let (plan_peak, resident) = plan.fit(
-        job.memory,
-        plan.fixed_bytes(graph, job.workers, largest),
-        plan.activation_bytes(tokens.iter().sum(), 1),
-        job.workers,
-    )?;
+    plan.group_experts(job.memory, &load);
+    let fit = plan.fit(&load, job.memory, report::available_host_bytes())?;
+    let plan_peak = fit.peak_host_bytes;
     let work = job.folder.join(WORK_FOLDER);
     if job.fresh {
         storage::remove(&work)?;
@@ -182,6 +184,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
         plan,
+        fit,
+        scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches,
         pass: Pass::Original(artifact.header.origin.products()),
         probe,
@@ -197,15 +201,10 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         (shared.plan.steps() - shared.plan.block_steps(resumed_blocks).start) as usize * shared.batches.len();
     if left > 0 {
         observer.phase("statistics", left as u64);
-        let scratch = job.scratch.clone().unwrap_or_else(|| work.clone());
         let (base, folder) = (Arc::new(artifact.clone()), work.clone());
-        run::with_locals(
-            job.workers,
-            &shared,
-            &scratch,
-            resident as usize / job.workers,
-            move |worker, local| build(worker, local, &base, &folder),
-        )?;
+        run::with_locals(job.workers, &shared, move |worker, local| {
+            build(worker, local, &base, &folder);
+        })?;
     }
     let blocks = files(&shared.output, shared.plan.blocks())?;
     artifact.commit(Header { blocks, ..after })?;
@@ -292,13 +291,14 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
     storage::create_folder(&work)?;
     let _lock = FolderLock::acquire(&work, "lock")?;
     let mut merged = Artifact::new(folder, header.clone());
+    let room = Room::Scratch(work.as_path().into());
     for block in 0..header.blocks.len() {
         let sites = first.sites(block)?;
         let mut file = merged.block_writer(&work, block, sites.clone())?;
         for (site, _) in sites {
-            let mut total = first.site(block, site)?;
+            let mut total = first.site(block, site, &room)?;
             for part in others {
-                total.merge(&part.site(block, site)?)?;
+                total.merge(&part.site(block, site, &room)?)?;
             }
             file.add(site, &total)?;
         }

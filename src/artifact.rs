@@ -15,6 +15,7 @@ pub use block::BlockWriter;
 use crate::calibration::{ContentId, Placed};
 use crate::checkpoint::{Checkpoint, hex, read_json};
 use crate::error::{Error, IoContext, Result};
+use crate::memory::Room;
 use crate::model::SiteKind;
 use crate::statistics::{Exponents, Product, SiteStatistics};
 use crate::storage;
@@ -259,11 +260,11 @@ impl Artifact {
         &self.folder
     }
 
-    /// Reads the sums of a site.
+    /// Reads the sums of a site, into `room`.
     ///
     /// # Errors
     /// The block's file is missing, damaged or of another model.
-    pub fn site(&self, block: usize, site: SiteKind) -> Result<SiteStatistics> {
+    pub fn site(&self, block: usize, site: SiteKind, room: &Room) -> Result<SiteStatistics> {
         let (path, tensors) = self.block(block)?;
         let bytes = |name: &str, dtype: Dtype| bytes(&path, &tensors, name, dtype);
         let exponents: Vec<i32> = pod_collect_to_vec(bytes(&tensor_name(site, "exponents"), Dtype::I32)?);
@@ -274,11 +275,16 @@ impl Artifact {
             Exponents::from_values(exponents),
             self.header.origin.products(),
             tokens(&path, &tensors, site)?,
-            |product, first_row| {
+            room,
+            |product, first_row, sums| {
                 let name = panel_name(site, product, first_row);
-                let sums = pod_collect_to_vec(bytes(&name, Dtype::I64)?);
+                let (bytes, sums) = (bytes(&name, Dtype::I64)?, bytemuck::cast_slice_mut(sums));
+                if bytes.len() != sums.len() {
+                    return Err(damaged(&path, &format!("{name} has another length")));
+                }
+                sums.copy_from_slice(bytes);
                 tensors.release(&name);
-                Ok(sums)
+                Ok(())
             },
         )
     }

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod error;
 pub mod formats;
 pub mod ledger;
+pub mod memory;
 pub mod model;
 pub mod numerics;
 pub mod operators;

@@ -1,13 +1,16 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
+mod memory;
 mod steps;
+mod time;
+
+pub use memory::{Fit, Graph, Load};
 
 use self::steps::Step;
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
-use crate::model::{LinearSpec, SiteKind, Tower};
+use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
-use crate::numerics::panels::{PANEL_ROWS, Shape};
 use crate::recipe::{Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,15 +19,8 @@ use std::ops::Range;
 
 /// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
 pub const CHUNK_ROWS: usize = 128;
-/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
-const BASE_BYTES: u64 = 64 << 20;
-
-/// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
-/// few, little beside what a mixture of experts needs to run at all.
-const GROUP_BYTES: u64 = 1 << 30;
-
-/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
-const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
+/// A quantized weight on its way from the memory map to f32: its stored bytes, and a byte a code.
+const READING_BYTES_PER_CODE: u64 = 2;
 
 /// One linear of a block.
 #[derive(Clone, Debug)]
@@ -91,6 +87,9 @@ pub struct Plan {
     pub linears: Vec<PlannedLinear>,
     /// Tensors that are copied byte for byte.
     pub copied: Vec<String>,
+    /// Weights that are left alone, but that the source has quantized: they are written as their values, since the output's config
+    /// speaks of the new scheme alone.
+    pub dequantized: Vec<Coded>,
     /// All tensors of the output, in the order in which shards are filled.
     pub output: Vec<TensorSpec>,
     /// Linears outside the blocks (head, vision tower, projector), for the output's ignore list.
@@ -101,6 +100,8 @@ pub struct Plan {
     experts_per_step: usize,
     /// Bytes that a token has between two steps.
     token_bytes: usize,
+    /// What it takes to dequantize the source's largest weight, besides the result.
+    reading_bytes: u64,
 }
 
 impl std::fmt::Debug for Plan {
@@ -116,7 +117,8 @@ impl Plan {
     /// Plans `recipe` for the checkpoint of `tower`.
     ///
     /// # Errors
-    /// A group size that does not divide a width, a layout that cannot hold a linear, or an unusable `ignore`.
+    /// A group size that does not divide a width, a layout that cannot hold a linear, an unusable `ignore`, or a weight that is missing,
+    /// misshapen or stored in a way that cannot be read.
     pub fn new(recipe: Recipe, tower: &Tower) -> Result<Self> {
         let plan = Self::of(recipe, tower)?;
         check_fused(tower, &plan.linears)?;
@@ -125,12 +127,8 @@ impl Plan {
 
     fn of(recipe: Recipe, tower: &Tower) -> Result<Self> {
         recipe.check()?;
-        if tower.checkpoint.config().get("quantization_config").is_some() {
-            return Err(Error::invalid(
-                tower.checkpoint.folder().display().to_string(),
-                "is already quantized (config.json has a quantization_config)",
-                "start from the original checkpoint",
-            ));
+        if let Some(reader) = tower.reader() {
+            reader.expect_weights_alone()?;
         }
         if recipe.all_experts && !tower.spec.layers.iter().any(|layer| layer.mixture) {
             return Err(Error::usage(
@@ -148,6 +146,7 @@ impl Plan {
                 for spec in tower.spec.linears(block, site) {
                     let index = linears.len();
                     let name = tower.linear_name(block, &spec);
+                    tower.expect_linear(block, &spec)?;
                     let (grid, fallback) = match ignore.is_match(&name) {
                         true => (None, None),
                         false => {
@@ -180,16 +179,18 @@ impl Plan {
             format,
             linears,
             copied: Vec::new(),
+            dequantized: Vec::new(),
             output: Vec::new(),
             outside: Vec::new(),
             steps: Vec::new(),
             blocks: tower.blocks(),
             experts_per_step: 1,
             token_bytes: 0,
+            reading_bytes: 0,
         };
         plan.token_bytes = steps::token_bytes(tower, &plan.linears);
         plan.cut(1);
-        plan.place(tower);
+        plan.place(tower)?;
         Ok(plan)
     }
 
@@ -204,26 +205,6 @@ impl Plan {
         }
     }
 
-    /// Puts as many experts of a mixture in a group as stay within half of the budget `memory`, or within [`GROUP_BYTES`] where there is
-    /// none: the larger the groups, the fewer the passes over the batches. The output is the same for any.
-    pub fn group_experts(&mut self, memory: Option<u64>, graph: Graph, workers: usize, batch_tokens: usize) {
-        let Some(most) = self.linears.iter().filter_map(PlannedLinear::expert).max() else {
-            return;
-        };
-        self.cut(1);
-        let least = self.fixed_bytes(graph, workers, batch_tokens);
-        let allowed = memory.map_or(GROUP_BYTES, |memory| memory / 2).max(least);
-        let mut experts = most + 1;
-        while experts > 1 {
-            self.cut(experts);
-            if self.fixed_bytes(graph, workers, batch_tokens) <= allowed {
-                return;
-            }
-            experts = experts.div_ceil(2);
-        }
-        self.cut(1);
-    }
-
     /// Experts of a mixture that are worked on together.
     pub fn experts_per_step(&self) -> usize {
         self.experts_per_step
@@ -232,7 +213,7 @@ impl Plan {
     /// The steps of a run that only sums statistics: those of every linear, whatever a recipe will do with them.
     ///
     /// # Errors
-    /// The checkpoint is already quantized, or has no experts and `all_experts` is asked for.
+    /// As [`Self::new`]; or `all_experts` is asked for where there are none.
     pub fn for_statistics(tower: &Tower, all_experts: bool) -> Result<Self> {
         let recipe = Recipe {
             bits: 8,
@@ -244,7 +225,7 @@ impl Plan {
         Self::of(recipe, tower)
     }
 
-    fn place(&mut self, tower: &Tower) {
+    fn place(&mut self, tower: &Tower) -> Result<()> {
         let quantized: BTreeSet<String> = self
             .linears
             .iter()
@@ -256,16 +237,25 @@ impl Plan {
             .collect();
         let inside: BTreeSet<&str> = self.linears.iter().map(|linear| linear.name.as_str()).collect();
         let embedding = tower.embedding_name();
-        for name in tower.checkpoint.names() {
-            if quantized.contains(name) {
-                continue;
-            }
-            let Some(spec) = tower.checkpoint.spec(name) else {
-                continue;
-            };
+        let coded = tower.coded()?;
+        let parts: BTreeSet<String> = coded.iter().flat_map(|coded| coded.parts.clone()).collect();
+        let elements = |coded: &Coded| coded.spec.shape.iter().rev().take(2).product::<usize>() as u64;
+        self.reading_bytes = READING_BYTES_PER_CODE * coded.iter().map(elements).max().unwrap_or(0);
+        self.dequantized = coded;
+        self.dequantized
+            .retain(|coded| !quantized.contains(&coded.spec.name));
+        let is_plain = |name: &&str| !quantized.contains(*name) && !parts.contains(*name);
+        let plain = tower.checkpoint.names().filter(is_plain);
+        self.copied = plain.map(str::to_owned).collect();
+        let plain = self.copied.iter().filter_map(|name| tower.checkpoint.spec(name));
+        let values = self.dequantized.iter().map(|coded| coded.spec.clone());
+        let mut kept: Vec<TensorSpec> = plain.chain(values).collect();
+        kept.sort_by(|a, b| a.name.cmp(&b.name));
+        for spec in kept {
+            let name = &spec.name;
             if let Some(module) = name.strip_suffix(".weight")
                 && let [rows, columns] = spec.shape[..]
-                && name != embedding
+                && *name != embedding
                 && !inside.contains(module)
             {
                 let layout = LinearLayout {
@@ -276,7 +266,6 @@ impl Plan {
                 };
                 self.outside.push(layout);
             }
-            self.copied.push(name.to_owned());
             self.output.push(spec);
         }
         // A tied head without a tensor of its own is a Linear that readers would otherwise want to quantize.
@@ -295,6 +284,7 @@ impl Plan {
             .flat_map(|linear| self.tensors(linear))
             .collect();
         self.output.extend(quantized);
+        Ok(())
     }
 
     /// The tensors of a linear in the output's layout; none where it is left alone.
@@ -349,14 +339,13 @@ impl Plan {
         }
     }
 
-    /// Width of the input whose factor a mixture keeps while other inputs are worked on, if `step` lies between.
-    fn shared_input(&self, step: u64) -> Option<usize> {
+    /// The step whose factor a mixture keeps while other inputs are worked on, if `step` lies between.
+    fn shared_input(&self, step: u64) -> Option<u64> {
         let (block, own) = self.step(step);
         let steps = self.block_steps(block);
         let of = |step: &u64| self.step(*step).1 == SiteKind::GateUp;
         let held = own != SiteKind::GateUp && steps.clone().any(|s| s > step && of(&s) && !self.leads(s));
-        let first = (steps.start..step).find(of)?;
-        held.then(|| self.step_linears(first)[0].columns)
+        (steps.start..step).find(of).filter(|_| held)
     }
 
     /// The inputs of a block in the order in which they are summed, with their widths: the same for any groups of experts.
@@ -408,161 +397,6 @@ impl Plan {
             grid: linear.grid,
         });
         inside.chain(self.outside.iter().cloned()).collect()
-    }
-
-    /// Bytes between two steps of `tokens` tokens.
-    pub fn activation_bytes(&self, tokens: usize, streams: usize) -> u64 {
-        (tokens * streams * self.token_bytes) as u64
-    }
-
-    /// Predicted peak of resident bytes, and the share of it that activations may take, where everything else takes `fixed`.
-    ///
-    /// # Errors
-    /// `memory`, the budget, is less than `fixed`.
-    pub fn fit(
-        &self,
-        memory: Option<u64>,
-        fixed: u64,
-        activations: u64,
-        workers: usize,
-    ) -> Result<(u64, u64)> {
-        let resident = match memory {
-            None => RESIDENT_BYTES_DEFAULT,
-            Some(budget) => budget.checked_sub(fixed).ok_or_else(|| {
-                Error::usage(
-                    "--memory",
-                    format!("{budget} bytes do not hold one block of this model with {workers} workers"),
-                    format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
-                )
-            })?,
-        };
-        let resident = resident.min(activations);
-        Ok((fixed + resident, resident))
-    }
-
-    /// Predicted peak of resident bytes besides activations, of `graph` on `workers` threads with at most `batch_tokens` tokens a batch:
-    /// that of the largest phase of the largest step.
-    pub fn fixed_bytes(&self, graph: Graph, workers: usize, batch_tokens: usize) -> u64 {
-        let needs = |step| Needs::new(self, graph, step, workers as u64, batch_tokens as u64);
-        let steps = self.steps();
-        let peak = |step: u64| {
-            let own = needs(step);
-            match graph {
-                Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
-                // Sums that the artifact holds are read, a site at a time.
-                Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
-                Graph::DataFree => own.solve.max(own.install),
-                // The next step is loaded and factored while this one is solved.
-                Graph::Solve { .. } => {
-                    let next = needs((step + 1).min(steps - 1)).factor;
-                    own.solve.max(own.install) + next
-                }
-            }
-        };
-        BASE_BYTES + (0..steps).map(peak).max().unwrap_or(0)
-    }
-}
-
-/// Which graph runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Graph {
-    /// Statistics, solve and forward, step by step.
-    Sequential,
-    /// Statistics alone.
-    Statistics {
-        /// Some batches are summed apart.
-        held_out: bool,
-    },
-    /// From an artifact.
-    Solve {
-        /// It has sums apart.
-        held_out: bool,
-    },
-    /// Round to nearest.
-    DataFree,
-}
-
-/// Bytes that a step has resident in each of its phases, activations between steps aside.
-struct Needs {
-    /// Exact sums, packed.
-    sums: u64,
-    /// The weights that carry the batches here, a batch a worker on its way, the sums.
-    forward: u64,
-    /// Sums in f64, factors, and what is kept of both.
-    factor: u64,
-    /// Factors, original weights, codes, a chunk a worker.
-    solve: u64,
-    /// Codes, packed tensors, weights as the next forward passes need them.
-    install: u64,
-}
-
-impl Needs {
-    fn new(plan: &Plan, graph: Graph, step: u64, workers: u64, tokens: u64) -> Self {
-        let recipe = &plan.recipe;
-        let matching = u64::from(graph == Graph::Sequential && recipe.match_original > 0.0);
-        let refined = u64::from(recipe.refine_rounds() > 0);
-        let held_out = match graph {
-            Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
-            Graph::Sequential | Graph::DataFree => 0,
-        };
-        let linears = plan.step_linears(step);
-        let before = plan.carrying(plan.carriers(step));
-        // Weights that have served no batch yet, of earlier steps.
-        let waiting = match graph {
-            Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
-                let next = plan.carriers(step + 1);
-                plan.carrying(next.start..step.max(next.start))
-            }
-            _ => &[],
-        };
-        let width = linears.first().map_or(0, |linear| linear.columns);
-        let elements = |shape: Shape, width| (shape.elements(width) * 8) as u64;
-        let weights = |linears: &[PlannedLinear]| -> u64 {
-            linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
-        };
-        let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
-            .map(|linear| (linear.rows * linear.columns) as u64)
-            .sum();
-        let factors = match graph {
-            Graph::DataFree => 0,
-            _ => recipe.damp_percent.candidates().len() as u64,
-        };
-        // What is kept of a site's products while it is solved.
-        let kept_of = |width: usize| {
-            let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
-            factors * (half + refined * full) + full * matching + half * held_out
-        };
-        let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
-        let sites = plan.step_sites(step).len() as u64;
-        let summed = if plan.leads(step) { sites } else { 0 };
-        let sums = summed * (half * (1 + held_out) + full * matching);
-        let kept = sites * kept_of(width);
-        // The factor of gate and up, between a mixture's first part and its last.
-        let shared = match plan.shared_input(step) {
-            Some(width) if !matches!(graph, Graph::Statistics { .. }) => kept_of(width),
-            _ => 0,
-        };
-        let held = shared + weights(waiting) * (1 + matching);
-        let width = width as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
-        // their inputs are there at once, at worst those of all tokens.
-        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
-            None => before.iter().map(|l| l.rows as u64).sum(),
-            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
-        };
-        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * matching * sites;
-        // Target, codes, sums to the later columns and outputs; errors and gradient of the refinement; the weights as they came.
-        let chunk = CHUNK_ROWS as u64 * width * (8 * (4 + 2 * refined) + 4);
-        Self {
-            sums,
-            forward: held + weights(before) * (1 + matching) + workers * batch + sums,
-            factor: held + kept + if summed > 0 { half } else { 0 },
-            solve: held + kept + weights(linears) + 2 * codes + workers * chunk,
-            install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
-        }
     }
 }
 

@@ -115,6 +115,25 @@ pub fn peak_host_bytes() -> u64 {
     read().unwrap_or(0)
 }
 
+/// Bytes that the process may have resident: what the system says is available, or less where a control group sets a limit; no bound
+/// where neither tells.
+pub fn available_host_bytes() -> u64 {
+    let number = |path: &str| -> Option<u64> { std::fs::read_to_string(path).ok()?.trim().parse().ok() };
+    let groups = [
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ];
+    let system = || -> Option<u64> {
+        let information = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = information
+            .lines()
+            .find(|line| line.starts_with("MemAvailable"))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    };
+    let limits = groups.into_iter().filter_map(number).chain(system());
+    limits.min().unwrap_or(u64::MAX)
+}
+
 /// Gives memory that is free within the process back to the system. The allocator keeps what threads freed; large panels that come and
 /// go leave holes in it, which without this grew to half of a run's peak.
 pub fn release_free_memory() {

@@ -149,17 +149,10 @@ impl PartialFile {
             .context("open", existing)?;
         let found = file.metadata().context("read", existing)?.len();
         if found == 0 {
-            // Reserving the bytes turns a full disk into an error now rather than in the middle of the run.
-            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::OPNOTSUPP) => {
-                    file.set_len(length).context("reserve", &partial)?;
-                }
-                Err(error) => {
-                    drop(file);
-                    remove(&partial)?;
-                    return Err(std::io::Error::from(error)).context("reserve space for", &partial);
-                }
+            if let Err(error) = reserve(&file, length) {
+                drop(file);
+                remove(&partial)?;
+                return Err(error).context("reserve space for", &partial);
             }
         } else if found != length {
             return Err(Error::invalid(
@@ -270,6 +263,50 @@ impl ScratchFile {
         self.file
             .read_exact_at(bytes, offset)
             .context("read from the scratch file in", &self.folder)
+    }
+}
+
+/// Bytes in a nameless file of their own, mapped into memory: they may leave it and come back. They go with the process.
+#[derive(Debug)]
+pub struct ScratchMap(memmap2::MmapMut);
+
+impl ScratchMap {
+    /// `length` zeros in `folder`, which has to exist.
+    ///
+    /// # Errors
+    /// The disk has no room for them.
+    pub fn create(folder: &Path, length: usize) -> Result<Self> {
+        let context = "make room for large matrices (see --scratch) in";
+        let file = tempfile::tempfile_in(folder).context(context, folder)?;
+        reserve(&file, length as u64).context(context, folder)?;
+        // SAFETY: the file has no name, so that nobody else can cut or write it, and its bytes are reserved.
+        let map = unsafe { memmap2::MmapMut::map_mut(&file) }.context(context, folder)?;
+        Ok(Self(map))
+    }
+
+    /// The bytes, page-aligned.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    /// Takes the pages out of resident memory; the file keeps what they hold, and a touch brings them back.
+    pub fn release(&self) {
+        // SAFETY: pages of a shared mapping of a file are read again from it: no value that a reference sees changes.
+        // A refusal costs memory, not content.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+}
+
+/// Makes an empty file `length` bytes long and reserves them: a full disk is an error now rather than in the middle of the run.
+fn reserve(file: &File, length: u64) -> std::io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, length) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(length),
+        other => Ok(other?),
     }
 }
 

@@ -23,7 +23,10 @@ fn pack(format: &dyn Format, weight: &QuantizedWeight) -> Tensors {
 }
 
 fn unpack(format: &dyn Format, config: &Value, tensors: &Tensors) -> Result<QuantizedWeight> {
-    format.unpack(LINEAR, config, &|name| tensors.get(name).cloned())
+    format.unpack(LINEAR, config, &|name| {
+        let (spec, data) = tensors.get(name)?;
+        Some((spec.clone(), data.into()))
+    })
 }
 
 fn layout(name: &str, columns: usize, grid: Option<Grid>) -> LinearLayout {
@@ -373,7 +376,8 @@ fn gptq_config_covers_linears_and_their_fusions() {
     let tensors = pack(&*format, &weight);
     let linear = name("self_attn.k_proj");
     let read = format.unpack(&linear, &config, &|full| {
-        tensors.get(&full.replace(&linear, LINEAR)).cloned()
+        let (spec, data) = tensors.get(&full.replace(&linear, LINEAR))?;
+        Some((spec.clone(), data.into()))
     });
     assert_eq!(read.unwrap().grid.bits, 8);
 }

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 
 /// Modules in layers: a module may import from its own layer's earlier lines and from the layers before.
-const LAYERS: [&[&str]; 9] = [
+const LAYERS: [&[&str]; 11] = [
     &["error"],
-    &["storage", "report", "numerics"],
+    &["storage"],
+    &["memory"],
+    &["report", "numerics"],
     &["formats"],
     &["checkpoint", "ledger"],
     &["model", "statistics", "calibration", "recipe"],

@@ -10,4 +10,5 @@ mod mixtures;
 mod quantize;
 mod reference;
 mod solver;
+mod sources;
 mod statistics;

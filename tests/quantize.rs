@@ -88,23 +88,33 @@ fn the_output_is_the_same_for_any_number_of_workers_and_any_order_of_arrival() {
 }
 
 #[test]
-fn spilled_activations_change_nothing() {
+fn what_spills_changes_nothing_and_the_smallest_budget_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let resident = run(&job(&folder.path().join("a"))).unwrap();
+    let with = |name: &str, memory: u64| Job {
+        memory: Some(memory),
+        ..job(&folder.path().join(name))
+    };
     let (_, plan) = job(folder.path()).plan().unwrap();
-    let fixed = job(folder.path()).predict(&plan).unwrap().0 - job(folder.path()).predict(&plan).unwrap().1;
-    let spilled = run(&Job {
-        memory: Some(fixed),
-        ..job(&folder.path().join("b"))
-    })
-    .unwrap();
-    assert_eq!(resident.output_digest, spilled.output_digest);
-    let error = run(&Job {
-        memory: Some(fixed - 1),
-        ..job(&folder.path().join("c"))
-    })
-    .unwrap_err();
-    assert!(error.hint().unwrap().contains(&fixed.to_string()), "{error}");
+    let fit = |memory: u64| with("fit", memory).fit(&plan);
+    let spilled = |memory: u64| fit(memory).unwrap().spilled.iter().filter(|s| **s).count();
+    // Enough for every step, and nothing for activations.
+    let whole = job(folder.path()).fit(&plan).unwrap();
+    let fixed = whole.peak_host_bytes - whole.resident_activation_bytes;
+    assert_eq!(spilled(fixed), 0);
+    let without_activations = run(&with("b", fixed)).unwrap();
+    assert_eq!(resident.output_digest, without_activations.output_digest);
+    // Less: matrices lie in files, too.
+    let hint = fit(1).unwrap_err().hint().unwrap();
+    let smallest = hint
+        .split_whitespace()
+        .find_map(|word| word.parse().ok())
+        .unwrap();
+    assert!(smallest < fixed && spilled(smallest) > 0, "{smallest} {fixed}");
+    let without_matrices = run(&with("c", smallest)).unwrap();
+    assert_eq!(resident.output_digest, without_matrices.output_digest);
+    assert!(run(&with("d", smallest - 1)).unwrap_err().hint().unwrap() == hint);
+    assert!(!folder.path().join("d").exists());
 }
 
 #[test]

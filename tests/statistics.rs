@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use quantflow::artifact::{Artifact, HEADER};
 use quantflow::calibration::{self, ContentId, Documents, Placed, Source};
 use quantflow::error::Result;
+use quantflow::memory::Room;
 use quantflow::operators::Halt;
 use quantflow::operators::groups::changed_groups;
 use quantflow::pipelines::quantize::{self, quantize};
@@ -587,7 +588,9 @@ fn held_out_batches_measure_and_choose_the_damping() {
     assert!(merge_artifacts(&[at("whole"), at("b")], &at("mixed"), false).is_err());
 
     let artifact = Arc::new(Artifact::open(&at("s")).unwrap());
-    let first = artifact.site(0, quantflow::model::SiteKind::Qkv).unwrap();
+    let first = artifact
+        .site(0, quantflow::model::SiteKind::Qkv, &Room::Memory)
+        .unwrap();
     let used = first.tokens() as u64;
     assert!(used > 0 && used < at_once.tokens, "{used} of {}", at_once.tokens);
     let observer: Arc<dyn Observer> = Arc::new(Silent);

@@ -86,7 +86,7 @@ impl BlockWriter {
             return Err(self.misplaced(&format!("{site:?}")));
         }
         for panel in statistics.panels() {
-            self.write(bytemuck::cast_slice(&panel.sums))?;
+            self.write(bytemuck::cast_slice(&panel.sums.read()))?;
         }
         self.write(&tokens.to_le_bytes())?;
         self.exponents.push(statistics.exponents().clone());

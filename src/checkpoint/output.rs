@@ -193,14 +193,29 @@ impl OutputWriter {
     /// # Errors
     /// As [`Self::write`]; `source` has no such tensor.
     pub fn copy(&self, name: &str, source: &Checkpoint) -> Result<()> {
+        self.write_pieces(name, |write| source.stream(name, write))
+    }
+
+    /// Writes one tensor to its place in pieces, from its first byte to its last, as `make` hands them over.
+    ///
+    /// # Errors
+    /// As [`Self::write`]; `make` fails.
+    pub fn write_pieces(
+        &self,
+        name: &str,
+        make: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         let at = self.placement(name)?;
-        expect_length(at, source.tensor(name)?.bytes.len())?;
-        let mut offset = at.offset;
-        source.stream(name, |bytes| {
-            self.files[at.shard].write_at(bytes, offset)?;
-            offset += bytes.len() as u64;
-            Ok(())
-        })
+        let mut length = 0;
+        make(&mut |bytes| {
+            let offset = at.offset + length as u64;
+            length += bytes.len();
+            if length > at.spec.byte_len() {
+                return expect_length(at, length);
+            }
+            self.files[at.shard].write_at(bytes, offset)
+        })?;
+        expect_length(at, length)
     }
 
     /// Reads back a tensor that was written.

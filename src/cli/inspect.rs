@@ -6,6 +6,7 @@ use super::{Outcome, print_json};
 use crate::artifact::HEADER;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::formats::{Reader, quantization_config};
 use crate::model::families;
 use crate::pipelines::quantize::WORK_FOLDER;
 use crate::pipelines::verify::verify as check;
@@ -19,6 +20,12 @@ pub(super) fn verify(arguments: &VerifyArguments) -> Result<Outcome> {
             "{} tensors copied byte for byte, {} linears unpack to valid codes",
             report.copied, report.quantized
         );
+        if report.dequantized > 0 {
+            println!(
+                "{} weights are the values of what the source has quantized",
+                report.dequantized
+            );
+        }
         println!("output digest {}", report.output_digest);
         report
             .problems
@@ -55,16 +62,27 @@ pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
     }
     let checkpoint = Checkpoint::open(&arguments.path)?;
     let spec = families::parse(checkpoint.config())?;
-    let quantization = checkpoint.config().get("quantization_config");
+    let quantization = quantization_config(checkpoint.config());
     let method = quantization
         .and_then(|q| q.get("quant_method"))
         .and_then(|m| m.as_str());
+    let reader = quantization.map(Reader::new);
+    let scheme = reader.as_ref().map(|reader| match reader {
+        Ok(reader) => reader.describe(),
+        Err(error) => error.to_string(),
+    });
+    let holds = |reader: &Reader| {
+        let specs = checkpoint.names().filter_map(|name| checkpoint.spec(name));
+        specs.filter(|spec| reader.weight_name(spec).is_some()).count()
+    };
+    let weights = reader.and_then(Result::ok).map_or(0, |reader| holds(&reader));
     let tensors = checkpoint.names().count();
     if arguments.json {
         print_json(&serde_json::json!({
             "kind": "checkpoint", "architecture": spec.architecture, "blocks": spec.layers.len(),
             "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size, "tensors": tensors,
             "bytes": checkpoint.byte_len(), "quantization": method,
+            "quantization_scheme": scheme, "quantized_weights": weights,
         }))?;
     } else {
         println!(
@@ -74,11 +92,11 @@ pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
             spec.hidden_size,
             spec.vocab_size
         );
-        println!(
-            "{tensors} tensors, {}, {}",
-            bytes(checkpoint.byte_len()),
-            method.unwrap_or("not quantized")
-        );
+        println!("{tensors} tensors, {}", bytes(checkpoint.byte_len()));
+        match scheme {
+            Some(scheme) => println!("quantized: {scheme}; {weights} weights"),
+            None => println!("not quantized"),
+        }
     }
     Ok(Outcome::Fine)
 }

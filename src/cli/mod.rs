@@ -6,6 +6,7 @@ mod arguments;
 mod demo;
 mod evaluate;
 mod inspect;
+mod plan;
 mod progress;
 mod quantize;
 mod statistics;
@@ -77,7 +78,7 @@ fn run(cli: Cli) -> Result<Outcome> {
     }
     match cli.command {
         Command::Quantize(arguments) => quantize::run(&arguments, &halt),
-        Command::Plan(arguments) => quantize::plan(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Statistics(command) => statistics::run(&command, &halt),
         Command::Solve(arguments) => quantize::solve(&arguments, &halt),
         Command::Evaluate(arguments) => evaluate::run(&arguments, &halt),

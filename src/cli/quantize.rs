@@ -1,19 +1,18 @@
-//! `quantize` and `plan`.
+//! `quantize` and `solve`.
 
 use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
 use super::statistics::documents;
-use super::text::{bytes, ranges, seconds};
+use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::model::{SiteKind, families};
+use crate::model::families;
 use crate::operators::Halt;
 use crate::pipelines::quantize::{Job, Summary, independent, quantize};
 use crate::pipelines::resolve;
 use crate::recipe::Method;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -57,85 +56,7 @@ fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome
     })
 }
 
-pub(super) fn plan(arguments: &QuantizeArguments) -> Result<Outcome> {
-    let job = job(arguments)?;
-    let (tower, plan) = job.plan()?;
-    let (peak, resident) = job.predict(&plan)?;
-    let quantized: Vec<_> = plan
-        .linears
-        .iter()
-        .filter(|linear| linear.grid.is_some())
-        .collect();
-    let output: u64 = plan.output.iter().map(|spec| spec.byte_len() as u64).sum();
-    if arguments.finish.json {
-        let linears: Vec<_> = quantized
-            .iter()
-            .map(|l| serde_json::json!({"name": l.name, "rows": l.rows, "columns": l.columns, "scheme": l.scheme(), "fallback": l.fallback}))
-            .collect();
-        print_json(&serde_json::json!({
-            "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears,
-            "plan_peak_host_bytes": peak, "resident_activation_bytes": resident,
-            "experts_per_step": plan.experts_per_step(), "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
-        }))?;
-        return Ok(Outcome::Fine);
-    }
-    println!(
-        "{}: {} blocks, {} linears to quantize",
-        tower.spec.architecture,
-        plan.blocks(),
-        quantized.len()
-    );
-    // Linears that differ by their block, or by their expert, alone are one line.
-    let mut kinds: BTreeMap<_, Vec<usize>> = BTreeMap::new();
-    for linear in &plan.linears {
-        let prefix = tower.block_prefix(linear.block);
-        let kind = linear.name.strip_prefix(&prefix).unwrap_or(&linear.name);
-        let (site, slot, kind) = match (linear.expert(), &linear.spec.fused) {
-            (Some(expert), Some(slice)) => {
-                let site = match linear.site {
-                    SiteKind::ExpertDown(_) => SiteKind::ExpertDown(0),
-                    site => site,
-                };
-                let any = kind.replacen(&format!(".{expert}."), ".*.", 1);
-                // After the shared expert's.
-                (site, (1, slice.part), any)
-            }
-            _ => (linear.site, (0, linear.slot), kind.to_owned()),
-        };
-        let key = (site, slot, kind, linear.rows, linear.columns, linear.scheme());
-        kinds.entry(key).or_default().push(linear.block);
-    }
-    for ((_, _, name, rows, columns, scheme), mut blocks) in kinds {
-        blocks.dedup();
-        println!(
-            "  {name:<20} {rows:>6} x {columns:<6} {scheme:<20} blocks {}",
-            ranges(&blocks)
-        );
-    }
-    println!("  {} tensors are copied as they are", plan.copied.len());
-    if let Some(mixture) = &tower.spec.block.mixture {
-        println!(
-            "experts       {} a layer, {} at a time",
-            mixture.routing.experts,
-            plan.experts_per_step()
-        );
-    }
-    println!("calibration   {} tokens", job.calibration.usage.tokens_used);
-    println!(
-        "peak memory   {} predicted, with {} workers",
-        bytes(peak),
-        job.workers
-    );
-    println!(
-        "output        {} ({} now), {}",
-        bytes(output),
-        bytes(tower.checkpoint.byte_len()),
-        plan.format.name()
-    );
-    Ok(Outcome::Fine)
-}
-
-fn job(arguments: &QuantizeArguments) -> Result<Job> {
+pub(super) fn job(arguments: &QuantizeArguments) -> Result<Job> {
     let recipe = arguments.resolve()?;
     let calibration = match recipe.method {
         Method::Gptq if !arguments.collects() => calibrate(&arguments.calibration, &arguments.model)?,
@@ -153,7 +74,6 @@ fn job(arguments: &QuantizeArguments) -> Result<Job> {
     })
 }
 
-/// `solve`.
 pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     let artifact = Artifact::open(&arguments.statistics)?;
     let (model, output) = (arguments.model.clone(), arguments.output.clone());
@@ -225,6 +145,12 @@ fn print_summary(job: &Job, s: &Summary) {
         println!(
             "  kept         {} linears of the output that was there; the others were solved",
             s.reused_linears
+        );
+    }
+    if s.dequantized > 0 {
+        println!(
+            "  dequantized  {} weights that the source has quantized and the recipe leaves alone",
+            s.dequantized
         );
     }
     println!(

@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 /// The `format` of the config.
 const PACK_QUANTIZED: &str = "pack-quantized";
+/// Formats of integer codes that are read.
+const INTEGERS: [&str; 3] = [PACK_QUANTIZED, "int-quantized", "naive-quantized"];
 
 /// One group with `targets: ["Linear"]` where all quantized linears agree, else one group a scheme with explicit names.
 ///
@@ -74,12 +76,12 @@ pub(super) fn config_error(linear: &str, problem: impl Into<String>) -> Error {
     Error::invalid(
         format!("quantization_config for {linear}"),
         problem,
-        "only integer pack-quantized weights of 2, 3, 4 or 8 bits, in groups or per channel, are read",
+        "read are integer weights of 2, 3, 4 or 8 bits, in groups or per channel, and 8-bit floats; else start from the original checkpoint",
     )
 }
 
-/// The scheme whose target fits best: the exact name, then a regular expression, then the class `Linear`.
-pub(super) fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
+/// The group whose target fits best: the exact name, then a regular expression, then the class `Linear`.
+fn group_of<'a>(linear: &str, config: &'a Value) -> Result<&'a Value> {
     let groups = config.get("config_groups").and_then(Value::as_object);
     let rank = |target: &str| match target.strip_prefix("re:") {
         // Python's re.match: from the start, not to the end. Patterns with look-around fit nothing here.
@@ -99,12 +101,52 @@ pub(super) fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
             best = Some((rank, group));
         }
     }
-    let Some((_, group)) = best else {
-        return Err(config_error(linear, "no entry of config_groups targets it"));
+    best.map(|(_, group)| group)
+        .ok_or_else(|| config_error(linear, "no entry of config_groups targets it"))
+}
+
+/// The groups of a config, in words.
+pub(super) fn describe(config: &Value) -> String {
+    let groups = config.get("config_groups").and_then(Value::as_object);
+    let words = |group: &Value| {
+        let weights = &group["weights"];
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let size = weights["group_size"]
+            .as_u64()
+            .filter(|_| weights["strategy"] == "group");
+        let size = size.map_or(String::new(), |size| format!(" of {size}"));
+        let (bits, kind, strategy) = (&weights["num_bits"], &weights["type"], &weights["strategy"]);
+        format!("{bits}-bit {} by {}{size}", text(kind), text(strategy))
     };
+    let words: Vec<String> = groups
+        .into_iter()
+        .flatten()
+        .map(|(_, group)| words(group))
+        .collect();
+    words.join("; ")
+}
+
+/// The sides of a float linear's blocks, rows first, where its scales are a block's each.
+pub(super) fn block_of(linear: &str, config: &Value) -> Result<Option<[usize; 2]>> {
+    let weights = &group_of(linear, config)?["weights"];
+    if weights.get("strategy").and_then(Value::as_str) != Some("block") {
+        return Ok(None);
+    }
+    let sides = super::float8::block_sides(&weights["block_structure"]);
+    sides.map(Some).ok_or_else(|| {
+        config_error(
+            linear,
+            format!("block_structure is {}", weights["block_structure"]),
+        )
+    })
+}
+
+/// The integer scheme of a linear.
+pub(super) fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
+    let group = group_of(linear, config)?;
     let format = group.get("format").filter(|it| !it.is_null());
     let format = format.or(config.get("format")).and_then(Value::as_str);
-    if format != Some(PACK_QUANTIZED) {
+    if !format.is_some_and(|format| INTEGERS.contains(&format)) {
         return Err(config_error(linear, format!("the format is {format:?}")));
     }
     let weights = &group["weights"];

@@ -11,6 +11,7 @@
 //! Sources: GPTQModel 7.7, `nn_modules/qlinear/__init__.py` (unpacking), `utils/model.py` (`convert_gptq_v1_to_v2_format_module`),
 //! `models/loader.py` (the refusal), `quantization/config.py`.
 
+use super::gptq_config::Stated;
 use super::raw::{Raw, scale_bytes};
 use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits, gptq_config, schemes};
 use crate::error::{Error, Result};
@@ -33,6 +34,15 @@ impl Format for Gptq {
             Self::V1 => "gptq",
             Self::V2 => "gptq-v2",
         }
+    }
+
+    fn parts(&self) -> &'static [&'static str] {
+        &["qweight", "qzeros", "scales", "g_idx"]
+    }
+
+    fn describe(&self, config: &Value) -> String {
+        let stated = |key: &str| config.get(key).map_or("?".into(), Value::to_string);
+        format!("{} bits, groups of {}", stated("bits"), stated("group_size"))
     }
 
     fn scale_dtype(&self, _weights: Dtype) -> ScaleDtype {
@@ -100,61 +110,24 @@ impl Format for Gptq {
         ]
     }
 
-    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_>) -> Result<QuantizedWeight> {
-        let stated = gptq_config::stated(linear, config);
-        let qweight = Raw::required(tensor, linear, "qweight")?;
-        let (height, rows) = qweight.matrix()?;
-        let Some(width) = stated.bits else {
-            return Err(Error::invalid(
-                format!("quantization_config for {linear}"),
-                "bits is not 2, 3, 4 or 8",
-                "GPTQ files of other widths are not read",
-            ));
-        };
-        if !(height * 32).is_multiple_of(width as usize) {
-            return Err(qweight.error(
-                format!("has {height} rows of words, which hold no whole number of {width}-bit codes"),
-                "bits in quantization_config is wrong, or the file is damaged",
-            ));
-        }
-        // `height * 32` cannot overflow: the tensor's 4 * height * rows bytes lie in memory.
-        let columns = height * 32 / width as usize;
+    fn shape(&self, linear: &str, config: &Value, tensor: TensorLookup<'_, '_>) -> Result<[usize; 2]> {
+        Parts::find(linear, config, tensor).map(|parts| [parts.rows, parts.columns])
+    }
 
-        let scale = Raw::required(tensor, linear, "scales")?;
-        let (groups, _) = scale.matrix()?;
-        scale.expect_shape(&[groups, rows], "qweight")?;
-        if !columns.is_multiple_of(groups) {
-            return Err(scale.error(
-                format!("has {groups} groups, which do not divide {columns} columns"),
-                "a last group that is not full is not read",
-            ));
-        }
-        let group_size = columns / groups;
-        if stated
-            .group_size
-            .is_some_and(|size| size != group_size && size < columns)
-        {
-            return Err(scale.error(
-                format!(
-                    "has groups of {group_size}, but quantization_config says {:?}",
-                    stated.group_size
-                ),
-                "the file is damaged, or bits in quantization_config is wrong",
-            ));
-        }
-        if let Some(order) = Raw::optional(tensor, linear, "g_idx")? {
-            order.expect_sequential_groups(columns, group_size)?;
-        }
-        let (scales, scale_dtype) = scale.scales()?;
+    fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_, '_>) -> Result<QuantizedWeight> {
+        let parts = Parts::find(linear, config, tensor)?;
+        let (rows, columns, groups) = (parts.rows, parts.columns, parts.groups);
+        let width = parts.bits;
+        let (scales, scale_dtype) = parts.scales.scales()?;
         let mut grid = Grid {
             bits: width,
-            group_size,
+            group_size: columns / groups,
             symmetric: false,
             scale_dtype,
         };
-        let zeros = self.read_zeros(linear, rows, groups, grid, stated.trusted_carry, tensor)?;
-        grid.symmetric = stated.symmetric && zeros.iter().all(|&it| it == grid.symmetric_zero());
-        let words = bits::transpose(&qweight.words()?, height, rows);
+        let zeros = self.read_zeros(&parts.qzeros, rows, grid, parts.stated.trusted_carry)?;
+        grid.symmetric = parts.stated.symmetric && zeros.iter().all(|&it| it == grid.symmetric_zero());
+        let words = bits::transpose(&parts.qweight.words()?, bits::words(columns, width), rows);
         Ok(QuantizedWeight {
             grid,
             rows,
@@ -178,23 +151,88 @@ impl Format for Gptq {
     }
 }
 
+/// The tensors of a linear, held against each other; none but `g_idx` is read yet.
+struct Parts<'a> {
+    stated: Stated,
+    bits: u32,
+    rows: usize,
+    columns: usize,
+    groups: usize,
+    qweight: Raw<'a>,
+    scales: Raw<'a>,
+    qzeros: Raw<'a>,
+}
+
+impl<'a> Parts<'a> {
+    fn find(linear: &str, config: &Value, tensor: TensorLookup<'_, 'a>) -> Result<Self> {
+        let stated = gptq_config::stated(linear, config);
+        let qweight = Raw::required(tensor, linear, "qweight")?;
+        let (height, rows) = qweight.matrix()?;
+        qweight.expect_words()?;
+        let Some(bits) = stated.bits else {
+            return Err(Error::invalid(
+                format!("quantization_config for {linear}"),
+                "bits is not 2, 3, 4 or 8",
+                "GPTQ files of other widths are not read",
+            ));
+        };
+        if !(height * 32).is_multiple_of(bits as usize) {
+            return Err(qweight.error(
+                format!("has {height} rows of words, which hold no whole number of {bits}-bit codes"),
+                "bits in quantization_config is wrong, or the file is damaged",
+            ));
+        }
+        // `height * 32` cannot overflow: the tensor's 4 * height * rows bytes lie in memory.
+        let columns = height * 32 / bits as usize;
+
+        let scales = Raw::required(tensor, linear, "scales")?;
+        let (groups, _) = scales.matrix()?;
+        scales.expect_shape(&[groups, rows], "qweight")?;
+        scales.scale_dtype()?;
+        if !columns.is_multiple_of(groups) {
+            return Err(scales.error(
+                format!("has {groups} groups, which do not divide {columns} columns"),
+                "a last group that is not full is not read",
+            ));
+        }
+        let group_size = columns / groups;
+        if stated
+            .group_size
+            .is_some_and(|size| size != group_size && size < columns)
+        {
+            return Err(scales.error(
+                format!(
+                    "has groups of {group_size}, but quantization_config says {:?}",
+                    stated.group_size
+                ),
+                "the file is damaged, or bits in quantization_config is wrong",
+            ));
+        }
+        if let Some(order) = Raw::optional(tensor, linear, "g_idx")? {
+            order.expect_sequential_groups(columns, group_size)?;
+        }
+        let qzeros = Raw::required(tensor, linear, "qzeros")?;
+        qzeros.expect_shape(&[groups, bits::words(rows, bits)], "scales")?;
+        Ok(Self {
+            stated,
+            bits,
+            rows,
+            columns,
+            groups,
+            qweight,
+            scales,
+            qzeros,
+        })
+    }
+}
+
 impl Gptq {
     /// Zero points `[groups, rows]`.
     ///
     /// A version 1 field of all ones has no meaning that its readers share. GPTQModel writes a zero point of 0 so that it comes back
     /// when one is added to the packed word (3 bits: to the field); that is followed for files that name GPTQModel
     /// (`trusted_carry`), others are refused.
-    fn read_zeros(
-        self,
-        linear: &str,
-        rows: usize,
-        groups: usize,
-        grid: Grid,
-        trusted_carry: bool,
-        lookup: TensorLookup<'_>,
-    ) -> Result<Vec<u8>> {
-        let stored = Raw::required(lookup, linear, "qzeros")?;
-        stored.expect_shape(&[groups, bits::words(rows, grid.bits)], "scales")?;
+    fn read_zeros(self, stored: &Raw<'_>, rows: usize, grid: Grid, trusted_carry: bool) -> Result<Vec<u8>> {
         let mut words = stored.words()?;
         if self == Self::V2 {
             return Ok(bits::unpack_rows(&words, rows, grid.bits));

@@ -1,4 +1,4 @@
-//! On-disk layouts of a [`QuantizedWeight`]: one file a format, each both `pack` and `unpack`.
+//! On-disk layouts of a [`QuantizedWeight`]: one file a format, each both `pack` and `unpack`; and what else can be read ([`Reader`]).
 //!
 //! A format knows names, shapes, bit orders and the config that serving stacks read. It knows neither
 //! the solver, nor timely, nor how files are written. To add one: a file here that implements [`Format`], and a line
@@ -7,17 +7,23 @@
 mod bits;
 mod compressed_tensors;
 mod compressed_tensors_config;
+mod compressed_tensors_parts;
+mod float8;
 mod gptq;
 mod gptq_config;
 mod raw;
+mod reader;
 mod schemes;
 
 pub use compressed_tensors::CompressedTensors;
+pub use float8::Float8;
 pub use gptq::Gptq;
+pub use reader::{CONFIG_KEYS, Reader, Stored, quantization_config};
 
 use crate::error::{Error, Result};
 use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
 use safetensors::Dtype;
+use std::borrow::Cow;
 
 /// Name, dtype and shape of a tensor in a safetensors file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,13 +56,19 @@ pub struct LinearLayout {
     pub grid: Option<Grid>,
 }
 
-/// Gives spec and bytes of a tensor by its full name, or `None`.
-pub type TensorLookup<'a> = &'a dyn Fn(&str) -> Option<(TensorSpec, Vec<u8>)>;
+/// Gives spec and bytes of a tensor by its full name, or `None`. Bytes of a memory map are borrowed: asking for the spec alone reads nothing.
+pub type TensorLookup<'f, 't> = &'f dyn Fn(&str) -> Option<(TensorSpec, Cow<'t, [u8]>)>;
 
 /// A layout that serving stacks read.
 pub trait Format: Send + Sync {
     /// As on the command line: `compressed-tensors`, `gptq`, `gptq-v2`.
     fn name(&self) -> &'static str;
+
+    /// Names of a linear's tensors, below its own, in every version of the layout. The first is there wherever one is, and in no other layout.
+    fn parts(&self) -> &'static [&'static str];
+
+    /// The schemes of a `quantization_config` of this format, in words.
+    fn describe(&self, config: &serde_json::Value) -> String;
 
     /// The dtype of scales in this format, for a model of the given weight dtype.
     fn scale_dtype(&self, weights: Dtype) -> ScaleDtype;
@@ -70,6 +82,14 @@ pub trait Format: Send + Sync {
     /// The little-endian bytes of each tensor of [`Format::specs`], in that order.
     fn pack(&self, weight: &QuantizedWeight) -> Vec<Vec<u8>>;
 
+    /// Rows and columns of a linear that is stored in this layout. Checks dtypes and shapes of all its tensors, and reads no weights.
+    fn shape(
+        &self,
+        linear: &str,
+        config: &serde_json::Value,
+        tensor: TensorLookup<'_, '_>,
+    ) -> Result<[usize; 2]>;
+
     /// Reads back what [`Format::pack`] wrote. `tensor` is untrusted.
     ///
     /// `config` is the `quantization_config` of the checkpoint. Works on files of other writers too, as far
@@ -78,7 +98,7 @@ pub trait Format: Send + Sync {
         &self,
         linear: &str,
         config: &serde_json::Value,
-        tensor: TensorLookup<'_>,
+        tensor: TensorLookup<'_, '_>,
     ) -> Result<QuantizedWeight>;
 
     /// The `quantization_config` object of `config.json`. `linears` lists every linear of the model, the ones left alone too.
@@ -104,29 +124,6 @@ pub fn by_name(name: &str) -> Result<Box<dyn Format>> {
             "--format",
             format!("{other} is not a known format"),
             format!("use one of {}", NAMES.join(", ")),
-        )),
-    }
-}
-
-/// The format of a checkpoint's `quantization_config`.
-///
-/// # Errors
-/// A method or layout that cannot be read.
-pub fn detect(config: &serde_json::Value) -> Result<Box<dyn Format>> {
-    let text = |key: &str| {
-        config
-            .get(key)
-            .and_then(|value| value.as_str())
-            .unwrap_or_default()
-    };
-    match (text("quant_method"), text("checkpoint_format")) {
-        ("compressed-tensors", _) => Ok(Box::new(CompressedTensors)),
-        ("gptq", "gptq" | "") => Ok(Box::new(Gptq::V1)),
-        ("gptq", "gptq_v2") => Ok(Box::new(Gptq::V2)),
-        (method, layout) => Err(Error::invalid(
-            "quantization_config",
-            format!("quant_method {method:?} with checkpoint_format {layout:?} cannot be read"),
-            format!("readable are {}", NAMES.join(", ")),
         )),
     }
 }

@@ -8,24 +8,30 @@ use crate::error::{Error, Result};
 use crate::numerics::ScaleDtype;
 use half::{bf16, f16};
 use safetensors::Dtype;
+use std::borrow::Cow;
 
 /// The hint on tensors whose content contradicts itself.
 const DAMAGED: &str = "the file is damaged, or was written by a tool whose layout is not known here";
 
 /// A tensor whose data is as long as its shape says.
-pub(super) struct Raw {
+pub(super) struct Raw<'a> {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
-    data: Vec<u8>,
+    data: Cow<'a, [u8]>,
 }
 
-impl Raw {
+impl<'a> Raw<'a> {
     /// The tensor `{linear}.{part}`, which has to be there.
-    pub(super) fn required(lookup: TensorLookup<'_>, linear: &str, part: &str) -> Result<Self> {
-        Self::optional(lookup, linear, part)?.ok_or_else(|| {
+    pub(super) fn required(lookup: TensorLookup<'_, 'a>, linear: &str, part: &str) -> Result<Self> {
+        Self::named(lookup, format!("{linear}.{part}"))
+    }
+
+    /// The tensor `name`, which has to be there.
+    pub(super) fn named(lookup: TensorLookup<'_, 'a>, name: String) -> Result<Self> {
+        Self::find(lookup, &name)?.ok_or_else(|| {
             Error::invalid(
-                format!("{linear}.{part}"),
+                name,
                 "is missing",
                 "the checkpoint is incomplete, or its quantization_config names another format",
             )
@@ -33,9 +39,13 @@ impl Raw {
     }
 
     /// The tensor `{linear}.{part}`, if it is there.
-    pub(super) fn optional(lookup: TensorLookup<'_>, linear: &str, part: &str) -> Result<Option<Self>> {
-        let name = format!("{linear}.{part}");
-        let Some((spec, data)) = lookup(&name) else {
+    pub(super) fn optional(lookup: TensorLookup<'_, 'a>, linear: &str, part: &str) -> Result<Option<Self>> {
+        Self::find(lookup, &format!("{linear}.{part}"))
+    }
+
+    /// The tensor `name`, if it is there.
+    pub(super) fn find(lookup: TensorLookup<'_, 'a>, name: &str) -> Result<Option<Self>> {
+        let Some((spec, data)) = lookup(name) else {
             return Ok(None);
         };
         let bits = spec
@@ -53,7 +63,7 @@ impl Raw {
         }
         let (dtype, shape) = (spec.dtype, spec.shape);
         Ok(Some(Self {
-            name,
+            name: name.to_owned(),
             dtype,
             shape,
             data,
@@ -68,6 +78,16 @@ impl Raw {
     /// Element type as stored.
     pub(super) fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// Shape as stored.
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The data as stored.
+    pub(super) fn into_data(self) -> Cow<'a, [u8]> {
+        self.data
     }
 
     /// Rows and columns of a matrix with at least one element.
@@ -97,12 +117,18 @@ impl Raw {
         Err(self.error(problem, DAMAGED))
     }
 
-    /// The data as 32-bit words of an I32 tensor.
-    pub(super) fn words(&self) -> Result<Vec<u32>> {
+    /// Refuses what is no I32 tensor.
+    pub(super) fn expect_words(&self) -> Result<()> {
         match self.dtype {
-            Dtype::I32 | Dtype::U32 => Ok(bits::from_bytes(&self.data)),
+            Dtype::I32 | Dtype::U32 => Ok(()),
             other => Err(self.error(format!("is {other:?}, not I32"), DAMAGED)),
         }
+    }
+
+    /// The data as 32-bit words of an I32 tensor.
+    pub(super) fn words(&self) -> Result<Vec<u32>> {
+        self.expect_words()?;
+        Ok(bits::from_bytes(&self.data))
     }
 
     /// The data of an I8 tensor.
@@ -131,27 +157,26 @@ impl Raw {
         }
     }
 
+    /// The dtype of a BF16, F16 or F32 tensor.
+    pub(super) fn scale_dtype(&self) -> Result<ScaleDtype> {
+        match self.dtype {
+            Dtype::BF16 => Ok(ScaleDtype::Bf16),
+            Dtype::F16 => Ok(ScaleDtype::F16),
+            Dtype::F32 => Ok(ScaleDtype::F32),
+            other => Err(self.error(format!("is {other:?}, not BF16, F16 or F32"), DAMAGED)),
+        }
+    }
+
     /// The data of a BF16, F16 or F32 tensor, all of it finite, with its dtype.
     pub(super) fn scales(&self) -> Result<(Vec<f32>, ScaleDtype)> {
         let halves = || self.data.as_chunks::<2>().0.iter();
-        let (values, dtype): (Vec<f32>, _) = match self.dtype {
-            Dtype::BF16 => (
-                halves().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-                ScaleDtype::Bf16,
-            ),
-            Dtype::F16 => (
-                halves().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-                ScaleDtype::F16,
-            ),
-            Dtype::F32 => (
-                bits::from_bytes(&self.data)
-                    .into_iter()
-                    .map(f32::from_bits)
-                    .collect(),
-                ScaleDtype::F32,
-            ),
-            other => {
-                return Err(self.error(format!("is {other:?}, not BF16, F16 or F32"), DAMAGED));
+        let dtype = self.scale_dtype()?;
+        let values: Vec<f32> = match dtype {
+            ScaleDtype::Bf16 => halves().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+            ScaleDtype::F16 => halves().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+            ScaleDtype::F32 => {
+                let words = bits::from_bytes(&self.data).into_iter();
+                words.map(f32::from_bits).collect()
             }
         };
         match values.iter().position(|value| !value.is_finite()) {

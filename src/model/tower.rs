@@ -3,24 +3,18 @@
 
 use super::block::{Block, Linear, Norms};
 use super::families;
-use super::fp8;
 use super::mixture::MixtureWeights;
 use super::rotary::Rotary;
-use super::sites::{FusedSlice, LinearSpec};
+use super::sites::LinearSpec;
 use super::spec::{BlockSpec, MixtureSpec, ModelSpec, TowerNames};
+use super::weights::widen;
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
-use crate::numerics::QuantizedWeight;
-use bytemuck::allocation::pod_collect_to_vec;
+use crate::formats::{Reader, quantization_config};
 use candle_core::{Device, Tensor};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-use half::{bf16, f16};
 use safetensors::Dtype;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Bytes of the head, as stored, that are widened at a time.
-const HEAD_PANEL_BYTES: usize = 16 << 20;
 
 /// Attention sinks, below `layers.{i}.`.
 const SINKS: &str = "self_attn.sinks";
@@ -36,14 +30,16 @@ pub struct Tower {
     pub spec: ModelSpec,
     block_spec: Arc<BlockSpec>,
     names: TowerNames,
-    device: Device,
+    /// Of weights that are stored quantized, if any are.
+    pub(super) reader: Option<Reader>,
+    pub(super) device: Device,
 }
 
 impl Tower {
     /// Opens a checkpoint directory and finds its text tower.
     ///
     /// # Errors
-    /// An unreadable checkpoint, an unsupported architecture, or a tower whose tensors are missing or misshapen.
+    /// An unreadable checkpoint, an unsupported architecture or quantization, or a tower whose tensors are missing or misshapen.
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let mut spec = families::parse(checkpoint.config())?;
@@ -62,8 +58,12 @@ impl Tower {
             )
         })?;
         choose_mixture_names(&mut spec, &names, &checkpoint);
+        let reader = quantization_config(checkpoint.config())
+            .map(Reader::new)
+            .transpose()?;
         let tower = Self {
             block_spec: Arc::new(spec.block.clone()),
+            reader,
             checkpoint,
             spec,
             names,
@@ -106,18 +106,6 @@ impl Tower {
             }
         }
         Ok(())
-    }
-
-    fn expect(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let tensor = self.checkpoint.tensor(name)?;
-        if tensor.shape == shape {
-            return Ok(());
-        }
-        Err(Error::invalid(
-            name,
-            format!("has shape {:?}, config.json asks for {shape:?}", tensor.shape),
-            "config.json and weights are of different models",
-        ))
     }
 
     /// Decoder layers.
@@ -199,20 +187,6 @@ impl Tower {
     /// Takes the embedding's pages out of resident memory.
     pub fn release_embedding(&self) {
         self.checkpoint.release(&self.embedding_name());
-    }
-
-    /// A tensor in f32. One in 8-bit floats is multiplied by its scales.
-    pub fn load(&self, name: &str) -> Result<Tensor> {
-        let view = self.checkpoint.tensor(name)?;
-        if view.dtype == Dtype::F8_E4M3 {
-            let tensor = fp8::widen(&self.checkpoint, &view, &self.device)?;
-            self.checkpoint.release(name);
-            return Ok(tensor);
-        }
-        let mut values = Vec::with_capacity(view.shape.iter().product());
-        self.checkpoint
-            .stream(name, |bytes| widen_onto(&mut values, name, view.dtype, bytes))?;
-        Ok(Tensor::from_vec(values, view.shape, &self.device)?)
     }
 
     /// A vector in f32 that every norm of the family means by this tensor.
@@ -359,125 +333,6 @@ impl Tower {
         })
     }
 
-    /// The tensor of all experts that holds this linear, by its full name, where there is one and no tensor of the linear's own.
-    pub fn fused_name(&self, block: usize, linear: &LinearSpec) -> Option<String> {
-        let slice = linear.fused.as_ref()?;
-        let own = format!("{}.weight", self.linear_name(block, linear));
-        let name = format!("{}{}", self.block_prefix(block), slice.tensor);
-        (!self.checkpoint.contains(&own) && self.checkpoint.contains(&name)).then_some(name)
-    }
-
-    /// Whether the linear's weight is there unquantized, by itself or among all experts.
-    pub fn has_plain(&self, block: usize, linear: &LinearSpec) -> bool {
-        self.checkpoint
-            .contains(&format!("{}.weight", self.linear_name(block, linear)))
-            || self.fused_name(block, linear).is_some()
-    }
-
-    /// The bias of a linear, if it has one.
-    pub fn bias(&self, block: usize, linear: &LinearSpec) -> Result<Option<Tensor>> {
-        let name = format!("{}.bias", self.linear_name(block, linear));
-        if self.checkpoint.contains(&name) {
-            self.expect(&name, &[linear.rows])?;
-            return self.load(&name).map(Some);
-        }
-        let Some(slice) = &linear.fused else {
-            return Ok(None);
-        };
-        let name = format!("{}{}_bias", self.block_prefix(block), slice.tensor);
-        if !self.checkpoint.contains(&name) {
-            return Ok(None);
-        }
-        let rows = linear.rows * slice.parts;
-        self.expect(&name, &[slice.experts, rows])?;
-        let all = self.expert(&name, slice, &[rows, 1])?;
-        Ok(Some(part(&all, linear.rows, slice)?.flatten_all()?))
-    }
-
-    /// One expert's share of a tensor of all experts, which is `[experts, ..]`, in f32 and in `shape`.
-    fn expert(&self, name: &str, slice: &FusedSlice, shape: &[usize]) -> Result<Tensor> {
-        let all = self.checkpoint.tensor(name)?;
-        let bytes = all.bytes.len() / slice.experts;
-        let view = TensorView {
-            bytes: &all.bytes[slice.expert * bytes..][..bytes],
-            shape,
-            ..all
-        };
-        let tensor = widen(&view, &self.device)?;
-        self.checkpoint.release(name);
-        Ok(tensor)
-    }
-
-    /// A linear out of a tensor of all experts.
-    fn fused_linear(&self, name: &str, linear: &LinearSpec, slice: &FusedSlice) -> Result<Tensor> {
-        let (rows, columns) = (linear.rows * slice.parts, linear.columns);
-        let found = self.checkpoint.tensor(name)?.shape;
-        let layouts = [[slice.experts, columns, rows], [slice.experts, rows, columns]];
-        let input_first = match layouts.map(|shape| found == shape) {
-            [true, true] => slice.layout.input_first,
-            [true, false] => true,
-            [false, true] => false,
-            [false, false] => {
-                return Err(Error::invalid(
-                    name,
-                    format!(
-                        "has shape {found:?}, config.json asks for {:?} or {:?}",
-                        layouts[0], layouts[1]
-                    ),
-                    "config.json and weights are of different models",
-                ));
-            }
-        };
-        let all = match input_first {
-            true => self.expert(name, slice, &[columns, rows])?.t()?,
-            false => self.expert(name, slice, &[rows, columns])?,
-        };
-        Ok(part(&all, linear.rows, slice)?)
-    }
-
-    /// An unquantized linear, in f32.
-    pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
-        let weight = match (&linear.fused, self.fused_name(block, linear)) {
-            (Some(slice), Some(name)) => self.fused_linear(&name, linear, slice)?,
-            _ => {
-                let name = format!("{}.weight", self.linear_name(block, linear));
-                self.expect(&name, &[linear.rows, linear.columns])?;
-                self.load(&name)?
-            }
-        };
-        Ok(Linear {
-            weight,
-            bias: self.bias(block, linear)?,
-        })
-    }
-
-    /// A linear with its quantized weight, dequantized to f32, and its own bias.
-    ///
-    /// # Errors
-    /// The weight has another shape than config.json asks for.
-    pub fn quantized_linear(
-        &self,
-        block: usize,
-        linear: &LinearSpec,
-        weight: &QuantizedWeight,
-    ) -> Result<Linear> {
-        let shape = (weight.rows, weight.columns);
-        if shape != (linear.rows, linear.columns) {
-            return Err(Error::invalid(
-                self.linear_name(block, linear),
-                format!(
-                    "has shape {shape:?}, config.json asks for {:?}",
-                    (linear.rows, linear.columns)
-                ),
-                "config.json and weights are of different models",
-            ));
-        }
-        Ok(Linear {
-            weight: Tensor::from_vec(weight.dequantize(), shape, &self.device)?,
-            bias: self.bias(block, linear)?,
-        })
-    }
-
     /// The final norm of `residual`, the last block's output: `[tokens, hidden]`.
     pub fn final_norm(&self, residual: &Tensor) -> Result<Tensor> {
         let weight = self.load_norm(&format!("{}norm.weight", self.names.tower))?;
@@ -493,36 +348,13 @@ impl Tower {
     pub fn logits(&self, residual: &Tensor) -> Result<Tensor> {
         let normed = self.final_norm(residual)?;
         let name = self.head_name();
-        let head = self.checkpoint.tensor(&name)?;
-        let row_bytes = head.bytes.len() / self.spec.vocab_size;
-        let panel_bytes = (HEAD_PANEL_BYTES / row_bytes).max(1) * row_bytes;
-        let panels = head.bytes.chunks(panel_bytes).map(|bytes| {
-            let shape = [bytes.len() / row_bytes, self.spec.hidden_size];
-            let panel = TensorView {
-                bytes,
-                shape: &shape,
-                ..head
-            };
-            let weight = widen(&panel, &self.device)?;
-            self.checkpoint.release(&name);
-            Ok(normed.matmul(&weight.t()?)?)
-        });
-        let logits = Tensor::cat(&panels.collect::<Result<Vec<_>>>()?, 1)?;
+        let panels = self.panels(&name, |weight| Ok(normed.matmul(&weight.t()?)?))?;
+        let logits = Tensor::cat(&panels, 1)?;
         match self.spec.final_softcap {
             Some(cap) => Ok(((logits / f64::from(cap))?.tanh()? * f64::from(cap))?),
             None => Ok(logits),
         }
     }
-}
-
-/// The rows of one of the linears that a tensor `[rows * parts, columns]` joins.
-fn part(all: &Tensor, rows: usize, slice: &FusedSlice) -> candle_core::Result<Tensor> {
-    if slice.layout.interleaved && slice.parts > 1 {
-        let (_, columns) = all.dims2()?;
-        let turns = all.contiguous()?.reshape((rows, slice.parts, columns))?;
-        return turns.narrow(1, slice.part, 1)?.squeeze(1)?.contiguous();
-    }
-    all.narrow(0, slice.part * rows, rows)?.contiguous()
 }
 
 /// Keeps the first names of the mixture whose router is there, or the most usual ones, which an error will then name.
@@ -537,39 +369,4 @@ fn choose_mixture_names(spec: &mut ModelSpec, tower: &TowerNames, checkpoint: &C
         mixture.names.swap(0, chosen);
         mixture.names.truncate(1);
     }
-}
-
-/// Copies a tensor out of the memory map, in f32.
-fn widen(tensor: &TensorView<'_>, device: &Device) -> Result<Tensor> {
-    let mut values = Vec::with_capacity(tensor.shape.iter().product());
-    widen_onto(&mut values, tensor.name, tensor.dtype, tensor.bytes)?;
-    Ok(Tensor::from_vec(values, tensor.shape, device)?)
-}
-
-/// Appends elements, in f32. `name` is for the error alone.
-fn widen_onto(values: &mut Vec<f32>, name: &str, dtype: Dtype, bytes: &[u8]) -> Result<()> {
-    let begin = values.len();
-    match dtype {
-        Dtype::F32 => values.extend(pod_collect_to_vec::<u8, f32>(bytes)),
-        Dtype::BF16 | Dtype::F16 => {
-            let halves: Vec<u16> = pod_collect_to_vec(bytes);
-            values.resize(begin + halves.len(), 0.0);
-            match dtype {
-                Dtype::BF16 => halves
-                    .reinterpret_cast::<bf16>()
-                    .convert_to_f32_slice(&mut values[begin..]),
-                _ => halves
-                    .reinterpret_cast::<f16>()
-                    .convert_to_f32_slice(&mut values[begin..]),
-            }
-        }
-        other => {
-            return Err(Error::invalid(
-                name,
-                format!("is {other:?}; bf16, f16 and f32 weights can be read"),
-                "is the checkpoint already quantized?",
-            ));
-        }
-    }
-    Ok(())
 }

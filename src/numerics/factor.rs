@@ -3,6 +3,7 @@
 use super::gemm::{View, ViewMut, product};
 use super::panels::{PANEL_ROWS, Panels, Shape};
 use crate::error::{Error, Result};
+use crate::memory::{Region, Room};
 use faer::linalg::cholesky::llt;
 use faer::linalg::triangular_solve;
 use faer::{MatMut, MatRef, Par};
@@ -13,6 +14,8 @@ use std::sync::Arc;
 const DAMP_GROWTH: f64 = 10.0;
 /// … at most so many times.
 const DAMP_RETRIES_MAX: u32 = 4;
+/// Rows of a panel that a thread works on: half a panel, for two threads. More would make the products too flat.
+const SLICE_ROWS: usize = PANEL_ROWS / 2;
 
 /// In which order columns are quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,8 +39,10 @@ pub struct Factor {
     pub order: Vec<usize>,
     /// L: row and column `r` are original column `order[n - 1 - r]`.
     pub lower: Panels,
-    /// `H_d`, `[width, width]` row-major, in original order, where it was asked for.
-    pub hessian: Option<Vec<f64>>,
+    /// XᵀX, full panels in original order, where it was asked for.
+    pub gram: Option<Arc<Panels>>,
+    /// What damping adds to the diagonal of XᵀX, in original order.
+    pub damping: Vec<f64>,
     /// `X̃ᵀX − XᵀX`, original order, where the original model is matched.
     pub shift: Option<Arc<Panels>>,
     /// λ as a share of the mean diagonal, after retries.
@@ -54,35 +59,40 @@ pub struct Factor {
 /// The widths differ.
 pub fn shift(mut cross: Panels, gram: &Panels) -> Panels {
     assert_eq!(cross.width(), gram.width());
+    let mut subtrahend = vec![0.0; gram.width()];
     for panel in 0..cross.count() {
         let rows = cross.rows(panel);
-        let values = cross.panel_mut(panel);
+        let mut values = cross.panel_mut(panel);
         for (row, values) in rows.zip(values.chunks_exact_mut(gram.width())) {
-            for (column, value) in values.iter_mut().enumerate() {
-                *value -= gram.at(row, column);
-            }
+            gram.copy_row(row, &mut subtrahend);
+            values.iter_mut().zip(&subtrahend).for_each(|(m, h)| *m -= h);
         }
     }
     cross
 }
 
+/// How a Hessian is to be factored.
+#[derive(Clone, Copy, Debug)]
+pub struct Factoring<'a> {
+    /// λ as a share of the mean diagonal.
+    pub damp_percent: f64,
+    /// Order of the columns.
+    pub column_order: ColumnOrder,
+    /// Where the factor is made.
+    pub room: &'a Room,
+    /// Threads; their number changes no bit.
+    pub threads: usize,
+}
+
 impl Factor {
-    /// Factors `gram = XᵀX`, upper panels; `shift` is kept along. `site` is for the error alone. The damped Hessian itself is kept if
-    /// `keep_hessian`: refinement needs it.
+    /// Factors `gram = XᵀX`, upper or full panels; `shift` is kept along. `site` is for the error alone.
     ///
     /// A dead channel (zero diagonal) gets the mean diagonal and no cross terms: plain rounding of its column, whose
     /// weights may well live at run time.
     ///
     /// # Errors
-    /// The matrix is not finite, or stays indefinite after four tenfold increases of the damping.
-    pub fn new(
-        site: &str,
-        gram: &Panels,
-        shift: Option<Arc<Panels>>,
-        damp_percent: f64,
-        column_order: ColumnOrder,
-        keep_hessian: bool,
-    ) -> Result<Self> {
+    /// The matrix is not finite, or stays indefinite after four tenfold increases of the damping; the room has none left.
+    pub fn new(site: &str, gram: &Panels, shift: Option<Arc<Panels>>, how: Factoring<'_>) -> Result<Self> {
         let width = gram.width();
         let energies = gram.diagonal();
         let mean = energies.iter().sum::<f64>() / width as f64;
@@ -95,34 +105,32 @@ impl Factor {
         // With no token at all every column is plain rounding.
         let mean = if mean > 0.0 { mean } else { 1.0 };
         let mut order: Vec<usize> = (0..width).collect();
-        if column_order == ColumnOrder::Static {
+        if how.column_order == ColumnOrder::Static {
             order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]));
         }
         let dead = energies.iter().filter(|energy| **energy <= 0.0).count();
         let alive = |energy: f64| if energy <= 0.0 { mean } else { energy };
         let reversed: Vec<usize> = order.iter().rev().copied().collect();
-        let mut damp = damp_percent;
+        let mut row_of_gram = vec![0.0; width];
+        let mut damp_percent = how.damp_percent;
         for retries in 0..=DAMP_RETRIES_MAX {
-            let lambda = damp * mean;
-            let damped = |i: usize| alive(energies[i]) + lambda;
-            let mut lower = Panels::from_fn(width, Shape::Lower, |row, column| match row.cmp(&column) {
-                std::cmp::Ordering::Greater => gram.at(reversed[row], reversed[column]),
-                std::cmp::Ordering::Equal => damped(reversed[row]),
-                std::cmp::Ordering::Less => 0.0,
-            });
-            match cholesky(&mut lower) {
+            let damped = |i: usize| alive(energies[i]) + damp_percent * mean;
+            let mut lower = Panels::from_rows(width, Shape::Lower, how.room, |row, values| {
+                gram.copy_row(reversed[row], &mut row_of_gram);
+                for (value, &column) in values[..row].iter_mut().zip(&reversed) {
+                    *value = row_of_gram[column];
+                }
+                values[row] = damped(reversed[row]);
+            })?;
+            match cholesky(&mut lower, how.threads) {
                 Ok(()) => {
-                    let hessian = keep_hessian.then(|| {
-                        let mut square = gram.to_square();
-                        (0..width).for_each(|i| square[i * width + i] = damped(i));
-                        square
-                    });
                     return Ok(Self {
+                        damping: (0..width).map(|i| damped(i) - energies[i]).collect(),
                         order,
                         lower,
-                        hessian,
+                        gram: None,
                         shift,
-                        damp_percent: damp,
+                        damp_percent,
                         retries,
                         dead,
                     });
@@ -133,10 +141,16 @@ impl Factor {
                         pivot: reversed[pivot],
                     });
                 }
-                Err(_) => damp = damp.max(1e-4) * DAMP_GROWTH,
+                Err(_) => damp_percent = damp_percent.max(1e-4) * DAMP_GROWTH,
             }
         }
         unreachable!("the last retry returns")
+    }
+
+    /// Keeps XᵀX, full panels: refinement needs it.
+    pub fn with_gram(mut self, gram: Arc<Panels>) -> Self {
+        self.gram = Some(gram);
+        self
     }
 
     /// Channels.
@@ -168,25 +182,27 @@ impl Factor {
         let panels = 0..self.lower.count();
         for panel in panels.clone() {
             let (rows, stride) = (self.lower.rows(panel), self.lower.columns(panel).len());
+            let lower = self.lower.panel(panel);
             let (before, from) = ordered.split_at_mut(rows.start * lanes);
             if !before.is_empty() {
                 product(
                     ViewMut::rows(from, rows.len(), lanes, lanes),
                     1.0,
-                    View::rows(self.lower.panel(panel), rows.len(), rows.start, stride),
+                    View::rows(&lower, rows.len(), rows.start, stride),
                     View::rows(before, rows.start, lanes, lanes),
                     -1.0,
                 );
             }
             let own = MatMut::from_row_major_slice_mut(&mut from[..rows.len() * lanes], rows.len(), lanes);
-            let triangle = diagonal_block(self.lower.panel(panel), rows.start, rows.len(), stride);
+            let triangle = diagonal_block(&lower, rows.start, rows.len(), stride);
             triangular_solve::solve_lower_triangular_in_place(triangle, own, Par::Seq);
         }
         for panel in panels.rev() {
             let (rows, stride) = (self.lower.rows(panel), self.lower.columns(panel).len());
+            let lower = self.lower.panel(panel);
             let (before, from) = ordered.split_at_mut(rows.start * lanes);
             let own = &mut from[..rows.len() * lanes];
-            let triangle = diagonal_block(self.lower.panel(panel), rows.start, rows.len(), stride);
+            let triangle = diagonal_block(&lower, rows.start, rows.len(), stride);
             triangular_solve::solve_upper_triangular_in_place(
                 triangle.transpose(),
                 MatMut::from_row_major_slice_mut(own, rows.len(), lanes),
@@ -196,7 +212,7 @@ impl Factor {
                 product(
                     ViewMut::rows(before, rows.start, lanes, lanes),
                     1.0,
-                    View::rows(self.lower.panel(panel), rows.len(), rows.start, stride).transposed(),
+                    View::rows(&lower, rows.len(), rows.start, stride).transposed(),
                     View::rows(own, rows.len(), lanes, lanes),
                     -1.0,
                 );
@@ -221,7 +237,7 @@ impl Factor {
             product(
                 ViewMut::rows(&mut moved, width, lanes, lanes),
                 1.0,
-                View::rows(shift.panel(panel), rows.len(), width, width).transposed(),
+                View::rows(&shift.panel(panel), rows.len(), width, width).transposed(),
                 View::rows(&weights[rows.start * lanes..], rows.len(), lanes, lanes),
                 alpha,
             );
@@ -238,59 +254,84 @@ fn diagonal_block(panel: &[f64], first: usize, rows: usize, stride: usize) -> Ma
 }
 
 /// The lower factor in the place of the matrix, or the row of the pivot that is not positive. Left-looking: a panel needs the ones
-/// before it, one at a time.
-fn cholesky(lower: &mut Panels) -> Result<(), usize> {
-    let mut block = vec![0.0; PANEL_ROWS * PANEL_ROWS];
+/// before it, one at a time. `threads` share a panel's rows; how they are cut does not depend on how many there are.
+fn cholesky(lower: &mut Panels, threads: usize) -> Result<(), usize> {
     for panel in 0..lower.count() {
         let rows = lower.rows(panel);
         let stride = rows.end;
-        for earlier in 0..=panel {
-            let columns = lower.rows(earlier);
-            let (before, own) = lower.before_and_at(panel);
-            let block = &mut block[..rows.len() * columns.len()];
-            for (out, row) in block
-                .chunks_exact_mut(columns.len())
-                .zip(own.chunks_exact(stride))
-            {
-                out.copy_from_slice(&row[columns.clone()]);
-            }
-            if columns.start > 0 {
-                let left = View::rows(own, rows.len(), columns.start, stride);
-                let right = match before.get(earlier) {
-                    Some(before) => View::rows(before, columns.len(), columns.start, columns.end),
-                    None => left,
-                };
-                product(
-                    ViewMut::rows(block, rows.len(), columns.len(), columns.len()),
-                    1.0,
-                    left,
-                    right.transposed(),
-                    -1.0,
-                );
-            }
-            let mut values = MatMut::from_row_major_slice_mut(block, rows.len(), columns.len());
-            match before.get(earlier) {
-                Some(before) => triangular_solve::solve_lower_triangular_in_place(
-                    diagonal_block(before, columns.start, columns.len(), columns.end),
-                    values.transpose_mut(),
-                    Par::Seq,
-                ),
-                None => {
-                    factor_block(values.as_mut()).map_err(|pivot| rows.start + pivot)?;
-                    for (i, row) in block.chunks_exact_mut(columns.len()).enumerate() {
-                        row[i + 1..].fill(0.0);
-                    }
+        let (before, mut own) = lower.before_and_at(panel);
+        let slices: Vec<&mut [f64]> = own.chunks_mut(SLICE_ROWS * stride).collect();
+        if threads > 1 && panel > 0 {
+            std::thread::scope(|scope| {
+                for slice in slices {
+                    scope.spawn(|| eliminate(before, slice, stride));
                 }
-            }
-            for (row, values) in own
-                .chunks_exact_mut(stride)
-                .zip(block.chunks_exact(columns.len()))
-            {
-                row[columns.clone()].copy_from_slice(values);
-            }
+            });
+        } else {
+            slices
+                .into_iter()
+                .for_each(|slice| eliminate(before, slice, stride));
+        }
+        let mut block = vec![0.0; rows.len() * rows.len()];
+        for (out, row) in block.chunks_exact_mut(rows.len()).zip(own.chunks_exact(stride)) {
+            out.copy_from_slice(&row[rows.clone()]);
+        }
+        if rows.start > 0 {
+            let left = View::rows(&own, rows.len(), rows.start, stride);
+            product(
+                ViewMut::rows(&mut block, rows.len(), rows.len(), rows.len()),
+                1.0,
+                left,
+                left.transposed(),
+                -1.0,
+            );
+        }
+        factor_block(MatMut::from_row_major_slice_mut(
+            &mut block,
+            rows.len(),
+            rows.len(),
+        ))
+        .map_err(|pivot| rows.start + pivot)?;
+        for (i, (row, values)) in own
+            .chunks_exact_mut(stride)
+            .zip(block.chunks_exact(rows.len()))
+            .enumerate()
+        {
+            row[rows.start..][..=i].copy_from_slice(&values[..=i]);
         }
     }
     Ok(())
+}
+
+/// Some rows of a panel, `[_, stride]`, in the columns of the panels `before` it: `X = A L⁻ᵀ`, a block of columns after the other.
+fn eliminate(before: &[Region<f64>], own: &mut [f64], stride: usize) {
+    let rows = own.len() / stride;
+    let mut block = vec![0.0; rows * PANEL_ROWS];
+    for (earlier, lower) in before.iter().enumerate() {
+        let columns = earlier * PANEL_ROWS..(earlier + 1) * PANEL_ROWS;
+        let lower = lower.read();
+        for (out, row) in block.chunks_exact_mut(PANEL_ROWS).zip(own.chunks_exact(stride)) {
+            out.copy_from_slice(&row[columns.clone()]);
+        }
+        if columns.start > 0 {
+            product(
+                ViewMut::rows(&mut block, rows, PANEL_ROWS, PANEL_ROWS),
+                1.0,
+                View::rows(own, rows, columns.start, stride),
+                View::rows(&lower, PANEL_ROWS, columns.start, columns.end).transposed(),
+                -1.0,
+            );
+        }
+        let values = MatMut::from_row_major_slice_mut(&mut block, rows, PANEL_ROWS);
+        triangular_solve::solve_lower_triangular_in_place(
+            diagonal_block(&lower, columns.start, PANEL_ROWS, columns.end),
+            values.transpose_mut(),
+            Par::Seq,
+        );
+        for (row, values) in own.chunks_exact_mut(stride).zip(block.chunks_exact(PANEL_ROWS)) {
+            row[columns.clone()].copy_from_slice(values);
+        }
+    }
 }
 
 /// Cholesky of a block in memory; the half above the diagonal is left as it was.

@@ -17,20 +17,31 @@ pub fn e4m3(byte: u8) -> f32 {
     if byte & 0x80 == 0 { size } else { -size }
 }
 
-/// `codes`, `[rows, columns]` row-major, times their scales: element (r, c) has the scale
-/// (r / block\[0\], c / block\[1\]) of `scales`, `[ceil(rows / block[0]), ceil(columns / block[1])]`.
+/// Whether a byte is no number.
+pub fn is_nan(byte: u8) -> bool {
+    byte & 0x7f == 0x7f
+}
+
+/// `codes`, rows of `columns` from row `first` of a matrix on, times their scales: element (r, c) of the matrix has the scale
+/// (r / block\[0\], c / block\[1\]) of `scales`, `[.., ceil(columns / block[1])]`.
 ///
 /// # Panics
-/// The slices do not have these shapes.
-pub fn dequantize_blocks(codes: &[u8], columns: usize, scales: &[f32], block: [usize; 2]) -> Vec<f32> {
+/// `codes` are no whole rows, or rows without scales.
+pub fn dequantize_blocks(
+    codes: &[u8],
+    columns: usize,
+    first: usize,
+    scales: &[f32],
+    block: [usize; 2],
+) -> Vec<f32> {
     let [rows_of, columns_of] = block;
     let across = columns.div_ceil(columns_of);
     let rows = codes.len() / columns;
-    assert!(codes.len() == rows * columns && scales.len() == rows.div_ceil(rows_of) * across);
+    assert!(codes.len() == rows * columns && scales.len() >= (first + rows).div_ceil(rows_of) * across);
     let values: [f32; 256] = std::array::from_fn(|byte| e4m3(byte as u8));
     let mut out = Vec::with_capacity(codes.len());
     for (r, row) in codes.chunks_exact(columns).enumerate() {
-        let scales = &scales[r / rows_of * across..][..across];
+        let scales = &scales[(first + r) / rows_of * across..][..across];
         for (part, &scale) in row.chunks(columns_of).zip(scales) {
             out.extend(part.iter().map(|&code| values[usize::from(code)] * scale));
         }
@@ -59,6 +70,7 @@ mod tests {
     fn all_bytes_match_the_definition() {
         for byte in 0..=u8::MAX {
             let (ours, want) = (f64::from(e4m3(byte)), reference(byte));
+            assert_eq!(ours.is_nan(), is_nan(byte));
             assert!(
                 ours == want || (ours.is_nan() && want.is_nan()),
                 "{byte:#x}: {ours} != {want}"
@@ -80,7 +92,11 @@ mod tests {
             let scales: Vec<f32> = (0..rows.div_ceil(block[0]) * across)
                 .map(|i| 0.5 + i as f32)
                 .collect();
-            let ours = dequantize_blocks(&codes, columns, &scales, block);
+            let ours = dequantize_blocks(&codes, columns, 0, &scales, block);
+            for first in 0..rows {
+                let rest = dequantize_blocks(&codes[first * columns..], columns, first, &scales, block);
+                assert_eq!(rest, ours[first * columns..]);
+            }
             for (i, value) in ours.into_iter().enumerate() {
                 let scale = scales[i / columns / block[0] * across + i % columns / block[1]];
                 assert_eq!(f64::from(value), reference(codes[i]) * f64::from(scale));

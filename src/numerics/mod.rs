@@ -13,6 +13,7 @@ pub mod routing;
 pub mod scales;
 pub(crate) mod simd;
 pub mod solver;
+pub mod speed;
 
 pub use simd::arithmetic;
 

@@ -1,7 +1,9 @@
 //! Large square matrices, cut into panels of rows: half of a symmetric or triangular one is not stored, and a kernel that
-//! goes from panel to panel needs one or two of them at a time.
+//! goes from panel to panel needs one or two of them at a time, so that the others may lie in scratch files.
 
 use super::gemm::{View, ViewMut, product};
+use crate::error::Result;
+use crate::memory::{Region, Room, Values, ValuesMut};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -45,12 +47,12 @@ pub fn panel_rows(width: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |first| first..width.min(first + PANEL_ROWS))
 }
 
-/// A matrix `[width, width]` in f64.
+/// A matrix `[width, width]` in f64, a region a panel. Each guard that is alive keeps a panel resident.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Panels {
     width: usize,
     shape: Shape,
-    panels: Vec<Vec<f64>>,
+    panels: Vec<Region<f64>>,
 }
 
 impl Panels {
@@ -58,24 +60,36 @@ impl Panels {
     ///
     /// # Panics
     /// They do not have the shape's lengths.
-    pub fn new(width: usize, shape: Shape, panels: Vec<Vec<f64>>) -> Self {
+    pub fn new(width: usize, shape: Shape, panels: Vec<Region<f64>>) -> Self {
         let lengths = panel_rows(width).map(|rows| rows.len() * shape.columns(&rows, width).len());
-        assert!(lengths.eq(panels.iter().map(Vec::len)), "panels of another shape");
+        assert!(
+            lengths.eq(panels.iter().map(Region::len)),
+            "panels of another shape"
+        );
         Self { width, shape, panels }
     }
 
-    /// Fills a matrix by row and column.
-    pub fn from_fn(width: usize, shape: Shape, value: impl Fn(usize, usize) -> f64) -> Self {
-        let panel = |rows: Range<usize>| {
-            let columns = shape.columns(&rows, width);
-            // Grown step by step, it would leave holes behind.
-            let mut values = Vec::with_capacity(rows.len() * columns.len());
-            for row in rows {
-                values.extend(columns.clone().map(|column| value(row, column)));
+    /// Fills a matrix row by row: `fill` is given a row and the stored part of it, zeros.
+    ///
+    /// # Errors
+    /// `room` has none left.
+    pub fn from_rows(
+        width: usize,
+        shape: Shape,
+        room: &Room,
+        mut fill: impl FnMut(usize, &mut [f64]),
+    ) -> Result<Self> {
+        let panels = panel_rows(width).map(|rows| {
+            let columns = shape.columns(&rows, width).len();
+            let mut region = room.zeros(rows.len() * columns)?;
+            let mut values = region.write();
+            for (row, values) in rows.zip(values.chunks_exact_mut(columns)) {
+                fill(row, values);
             }
-            values
-        };
-        Self::new(width, shape, panel_rows(width).map(panel).collect())
+            drop(values);
+            Ok(region)
+        });
+        Ok(Self::new(width, shape, panels.collect::<Result<_>>()?))
     }
 
     /// Rows and columns.
@@ -99,19 +113,19 @@ impl Panels {
     }
 
     /// A panel, row-major over its columns.
-    pub fn panel(&self, panel: usize) -> &[f64] {
-        &self.panels[panel]
+    pub fn panel(&self, panel: usize) -> Values<'_, f64> {
+        self.panels[panel].read()
     }
 
     /// As [`Self::panel`], to be written.
-    pub fn panel_mut(&mut self, panel: usize) -> &mut [f64] {
-        &mut self.panels[panel]
+    pub fn panel_mut(&mut self, panel: usize) -> ValuesMut<'_, f64> {
+        self.panels[panel].write()
     }
 
     /// The panels before one, and that one to be written.
-    pub(super) fn before_and_at(&mut self, panel: usize) -> (&[Vec<f64>], &mut [f64]) {
+    pub(super) fn before_and_at(&mut self, panel: usize) -> (&[Region<f64>], ValuesMut<'_, f64>) {
         let (before, from) = self.panels.split_at_mut(panel);
-        (before, &mut from[0])
+        (before, from[0].write())
     }
 
     /// An element of a symmetric matrix, or one that is stored.
@@ -122,7 +136,7 @@ impl Panels {
         };
         let (panel, within) = (row / PANEL_ROWS, row % PANEL_ROWS);
         let columns = self.columns(panel);
-        self.panels[panel][within * columns.len() + column - columns.start]
+        self.panel(panel)[within * columns.len() + column - columns.start]
     }
 
     /// The diagonal.
@@ -130,25 +144,73 @@ impl Panels {
         (0..self.width).map(|i| self.at(i, i)).collect()
     }
 
-    /// The whole matrix, row-major; a symmetric one on both sides.
-    pub fn to_square(&self) -> Vec<f64> {
-        let width = self.width;
-        let mut square = vec![0.0; width * width];
-        for panel in 0..self.count() {
-            let columns = self.columns(panel);
-            for (row, values) in self
-                .rows(panel)
-                .zip(self.panels[panel].chunks_exact(columns.len()))
-            {
-                square[row * width..][columns.clone()].copy_from_slice(values);
-                if self.shape == Shape::Upper {
-                    for (column, &value) in columns.clone().zip(values).skip(row - columns.start) {
-                        square[column * width + row] = value;
-                    }
-                }
+    /// A whole row of a symmetric or full matrix, into `row`.
+    ///
+    /// # Panics
+    /// The matrix is lower triangular, or `row` does not have its width.
+    pub fn copy_row(&self, index: usize, row: &mut [f64]) {
+        assert!(self.shape != Shape::Lower && row.len() == self.width);
+        let (panel, within) = (index / PANEL_ROWS, index % PANEL_ROWS);
+        let columns = self.columns(panel);
+        row[columns.clone()].copy_from_slice(&self.panel(panel)[within * columns.len()..][..columns.len()]);
+        if self.shape == Shape::Upper {
+            for above in 0..panel {
+                let (rows, stored) = (self.rows(above), self.columns(above));
+                let content = self.panel(above);
+                let column = content[index - stored.start..].iter().step_by(stored.len());
+                row[rows]
+                    .iter_mut()
+                    .zip(column)
+                    .for_each(|(to, from)| *to = *from);
             }
         }
-        square
+    }
+
+    /// A symmetric matrix with both of its halves, in `room`. A panel goes as soon as its content is there, so that in memory the peak is
+    /// hardly more than the result.
+    ///
+    /// # Errors
+    /// `room` has none left.
+    ///
+    /// # Panics
+    /// The matrix is lower triangular.
+    pub fn into_full(mut self, room: &Room) -> Result<Self> {
+        assert_ne!(self.shape, Shape::Lower);
+        let width = self.width;
+        if self.shape == Shape::Full {
+            return Ok(self);
+        }
+        let mut full = Vec::with_capacity(self.count());
+        // From the last on: a panel's content is needed by itself and by later ones.
+        for panel in (0..self.count()).rev() {
+            let rows = self.rows(panel);
+            let mut region = room.zeros(rows.len() * width)?;
+            let mut values = region.write();
+            for earlier in 0..=panel {
+                let (above, columns) = (self.rows(earlier), self.columns(earlier));
+                let content = self.panel(earlier);
+                if earlier == panel {
+                    for (to, from) in
+                        (values.chunks_exact_mut(width)).zip(content.chunks_exact(columns.len()))
+                    {
+                        to[columns.clone()].copy_from_slice(from);
+                    }
+                    continue;
+                }
+                for (row, values) in rows.clone().zip(values.chunks_exact_mut(width)) {
+                    let column = content[row - columns.start..].iter().step_by(columns.len());
+                    values[above.clone()]
+                        .iter_mut()
+                        .zip(column)
+                        .for_each(|(to, from)| *to = *from);
+                }
+            }
+            drop(values);
+            full.push(region);
+            self.panels.truncate(panel);
+        }
+        full.reverse();
+        Ok(Self::new(width, Shape::Full, full))
     }
 
     /// `values · self` for `values [rows, width]`, row-major, and a symmetric matrix.
@@ -160,9 +222,10 @@ impl Panels {
         let width = self.width;
         let count = values.len() / width;
         let mut out = vec![0.0; values.len()];
-        for (panel, content) in self.panels.iter().enumerate() {
+        for panel in 0..self.count() {
             let (rows, columns) = (self.rows(panel), self.columns(panel));
-            let view = View::rows(content, rows.len(), columns.len(), columns.len());
+            let content = self.panel(panel);
+            let view = View::rows(&content, rows.len(), columns.len(), columns.len());
             product(
                 ViewMut::rows(&mut out[columns.start..], count, columns.len(), width),
                 1.0,
@@ -195,19 +258,30 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
-        fn a_symmetric_half_is_the_whole(width in 1usize..500, rows in 1usize..4, seed in 0u64..1000) {
+        fn a_symmetric_half_is_the_whole(width in 1usize..500, rows in 1usize..4, seed in 0u64..1000, scratch in any::<bool>()) {
+            let folder = tempfile::tempdir().unwrap();
+            let room = match scratch {
+                true => Room::Scratch(folder.path().into()),
+                false => Room::Memory,
+            };
             let value = |i: usize, j: usize| ((i * 31 + j * 31 + i * j + seed as usize) % 97) as f64 - 48.0;
-            let half = Panels::from_fn(width, Shape::Upper, value);
-            let square = half.to_square();
-            prop_assert_eq!(half.panels.iter().map(Vec::len).sum::<usize>(), Shape::Upper.elements(width));
+            let half = Panels::from_rows(width, Shape::Upper, &room, |row, values| {
+                let first = width - values.len();
+                values.iter_mut().enumerate().for_each(|(k, v)| *v = value(row, first + k));
+            }).unwrap();
+            prop_assert_eq!(half.panels.iter().map(Region::len).sum::<usize>(), Shape::Upper.elements(width));
             let values: Vec<f64> = (0..rows * width).map(|k| value(k, 5)).collect();
             let out = half.symmetric_product(&values);
+            let full = half.clone().into_full(&room).unwrap();
+            let mut row_of = [vec![0.0; width], vec![0.0; width]];
             for i in 0..width {
                 prop_assert_eq!(half.diagonal()[i], value(i, i));
-                for j in 0..width {
-                    prop_assert_eq!(square[i * width + j], value(i, j));
-                    prop_assert_eq!(half.at(i, j), value(i, j));
-                }
+                half.copy_row(i, &mut row_of[0]);
+                full.copy_row(i, &mut row_of[1]);
+                let expected: Vec<f64> = (0..width).map(|j| value(i, j)).collect();
+                prop_assert_eq!(&row_of, &[expected.clone(), expected.clone()]);
+                let of = |matrix: &Panels| (0..width).map(|j| matrix.at(i, j)).collect::<Vec<_>>();
+                prop_assert_eq!([of(&full), of(&half)], [expected.clone(), expected]);
                 for row in 0..rows {
                     // Whole numbers: the sums are exact.
                     let expected: f64 = (0..width).map(|k| values[row * width + k] * value(k, i)).sum();

@@ -5,6 +5,7 @@
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// The dtype in which scales are stored. Scales are rounded to it before any code is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,9 +89,19 @@ impl QuantizedWeight {
 
     /// The weight that an inference kernel sees, `[rows, columns]` row-major, in f32.
     pub fn dequantize(&self) -> Vec<f32> {
-        let mut out = Vec::with_capacity(self.codes.len());
-        let groups = self.codes.chunks_exact(self.grid.group_size);
-        for ((codes, &scale), &zero) in groups.zip(&self.scales).zip(&self.zeros) {
+        self.dequantize_rows(0..self.rows)
+    }
+
+    /// These rows of [`Self::dequantize`].
+    ///
+    /// # Panics
+    /// There are no such rows.
+    pub fn dequantize_rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let codes = &self.codes[rows.start * self.columns..rows.end * self.columns];
+        let groups = rows.start * self.groups()..rows.end * self.groups();
+        let mut out = Vec::with_capacity(codes.len());
+        let scales = self.scales[groups.clone()].iter().zip(&self.zeros[groups]);
+        for (codes, (&scale, &zero)) in codes.chunks_exact(self.grid.group_size).zip(scales) {
             let zero = i32::from(zero);
             out.extend(codes.iter().map(|&code| (i32::from(code) - zero) as f32 * scale));
         }

@@ -1,23 +1,50 @@
-//! Scale refit and coordinate descent after the sweep: each step can only lower tr(E H_d Eᵀ), E = W* − Q.
+//! Scale refit and coordinate descent after the sweep: each step can only lower tr(E H_d Eᵀ), E = W* − Q. The Hessian is symmetric and
+//! is read by panels of rows, each of them once a pass: what belongs to columns is taken from the rows of the same number.
 
 use super::Grid;
 use super::gemm::{View, ViewMut, product};
+use super::panels::{PANEL_ROWS, Panels};
 use super::scales::Scales;
 use super::simd::vectorized;
+use std::ops::Range;
 
-/// Columns between two updates of the gradient by GEMM.
+/// Columns between two updates of the gradient by GEMM. A block never lies in two panels.
 const DESCENT_BLOCK: usize = 64;
+const _: () = assert!(PANEL_ROWS.is_multiple_of(DESCENT_BLOCK));
 
-/// Improves `codes` (`[width, lanes]`, original order) and `scales` in place, for `hessian` = H_d `[width, width]`; returns the final tr(E H_d Eᵀ).
+/// H_d, in original order.
+#[derive(Clone, Copy)]
+pub(super) struct Hessian<'a> {
+    /// XᵀX, full panels.
+    pub(super) gram: &'a Panels,
+    /// What comes to its diagonal.
+    pub(super) damping: &'a [f64],
+}
+
+impl Hessian<'_> {
+    /// The rows of `of`, panel by panel: the panel and those of its rows.
+    fn panels(self, of: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let width = self.gram.width();
+        (of.start / PANEL_ROWS..of.end.div_ceil(PANEL_ROWS)).map(move |panel| {
+            let first = panel * PANEL_ROWS;
+            (
+                panel,
+                first.max(of.start)..(first + PANEL_ROWS).min(of.end).min(width),
+            )
+        })
+    }
+}
+
+/// Improves `codes` (`[width, lanes]`, original order) and `scales` in place; returns the final tr(E H_d Eᵀ).
 pub(super) fn refine(
     target: &[f64],
     codes: &mut [f64],
     scales: &mut Scales,
-    hessian: &[f64],
+    hessian: Hessian<'_>,
     grid: Grid,
     rounds: usize,
 ) -> f64 {
-    let width = hessian.len().isqrt();
+    let width = hessian.gram.width();
     let lanes = target.len() / width;
     let mut state = State {
         lanes,
@@ -39,7 +66,7 @@ pub(super) fn refine(
 struct State<'a> {
     lanes: usize,
     width: usize,
-    hessian: &'a [f64],
+    hessian: Hessian<'a>,
     grid: Grid,
     /// E, `[width, lanes]`
     errors: Vec<f64>,
@@ -57,13 +84,29 @@ impl State<'_> {
                 self.errors[at] = target[at] - (codes[at] - scales.zero[g + lane]) * scales.scale[g + lane];
             }
         }
-        product(
-            ViewMut::rows(&mut self.gradient, self.width, lanes, lanes),
-            0.0,
-            View::rows(self.hessian, self.width, self.width, self.width),
-            View::rows(&self.errors, self.width, lanes, lanes),
-            1.0,
-        );
+        for (panel, rows) in self.hessian.panels(0..self.width) {
+            let gradient = &mut self.gradient[rows.start * lanes..rows.end * lanes];
+            product(
+                ViewMut::rows(gradient, rows.len(), lanes, lanes),
+                0.0,
+                View::rows(
+                    &self.hessian.gram.panel(panel),
+                    rows.len(),
+                    self.width,
+                    self.width,
+                ),
+                View::rows(&self.errors, self.width, lanes, lanes),
+                1.0,
+            );
+            let errors = self.errors[rows.start * lanes..].chunks_exact(lanes);
+            let damped = self.hessian.damping[rows].iter().zip(errors);
+            for (gradient, (damping, errors)) in gradient.chunks_exact_mut(lanes).zip(damped) {
+                gradient
+                    .iter_mut()
+                    .zip(errors)
+                    .for_each(|(g, e)| *g += damping * e);
+            }
+        }
     }
 
     /// Δs = (c · γ_g) / (cᵀ H_gg c) for each lane and group, c the centred codes of the group. Groups are refitted from
@@ -80,18 +123,27 @@ impl State<'_> {
                         codes[(begin + i) * lanes + lane] - scales.zero[g * lanes + lane];
                 }
             }
-            product(
-                ViewMut::rows(&mut curved, group, lanes, lanes),
-                0.0,
-                View::rows(
-                    &self.hessian[begin * self.width + begin..],
-                    group,
-                    group,
-                    self.width,
-                ),
-                View::rows(&centred, group, lanes, lanes),
-                1.0,
-            );
+            for (panel, rows) in self.hessian.panels(begin..begin + group) {
+                let content = self.hessian.gram.panel(panel);
+                let curved = &mut curved[(rows.start - begin) * lanes..(rows.end - begin) * lanes];
+                product(
+                    ViewMut::rows(curved, rows.len(), lanes, lanes),
+                    0.0,
+                    View::rows(
+                        &content[(rows.start - panel * PANEL_ROWS) * self.width + begin..],
+                        rows.len(),
+                        group,
+                        self.width,
+                    ),
+                    View::rows(&centred, group, lanes, lanes),
+                    1.0,
+                );
+            }
+            for (i, damping) in self.hessian.damping[begin..begin + group].iter().enumerate() {
+                for lane in 0..lanes {
+                    curved[i * lanes + lane] += damping * centred[i * lanes + lane];
+                }
+            }
             let mut change = vec![0.0; lanes];
             for (lane, change) in change.iter_mut().enumerate() {
                 let column = |values: &[f64]| -> f64 {
@@ -128,13 +180,28 @@ impl State<'_> {
         for (error, m) in self.errors[begin * lanes..].iter_mut().zip(&moved) {
             *error -= m;
         }
-        product(
-            ViewMut::rows(&mut self.gradient, self.width, lanes, lanes),
-            1.0,
-            View::rows(&self.hessian[begin..], self.width, group, self.width),
-            View::rows(&moved, group, lanes, lanes),
-            -1.0,
-        );
+        for (panel, rows) in self.hessian.panels(begin..begin + group) {
+            let content = self.hessian.gram.panel(panel);
+            let from = &content[(rows.start - panel * PANEL_ROWS) * self.width..];
+            let moved = &moved[(rows.start - begin) * lanes..];
+            product(
+                ViewMut::rows(&mut self.gradient, self.width, lanes, lanes),
+                1.0,
+                View::rows(from, rows.len(), self.width, self.width).transposed(),
+                View::rows(moved, rows.len(), lanes, lanes),
+                -1.0,
+            );
+        }
+        let gradient = self.gradient[begin * lanes..].chunks_exact_mut(lanes);
+        for ((gradient, moved), damping) in gradient
+            .zip(moved.chunks_exact(lanes))
+            .zip(&self.hessian.damping[begin..])
+        {
+            gradient
+                .iter_mut()
+                .zip(moved)
+                .for_each(|(g, m)| *g -= damping * m);
+        }
     }
 
     /// One pass of coordinate descent: each code moves to the grid point nearest to its conditional minimum.
@@ -144,11 +211,17 @@ impl State<'_> {
         let mut moved = vec![0.0; DESCENT_BLOCK * lanes];
         for begin in (0..self.width).step_by(DESCENT_BLOCK) {
             let block = DESCENT_BLOCK.min(self.width - begin);
+            let panel = begin / PANEL_ROWS;
+            let content = self.hessian.gram.panel(panel);
+            let rows = &content[(begin - panel * PANEL_ROWS) * self.width..];
+            let mut damped = [0.0; DESCENT_BLOCK];
             for i in 0..block {
                 let column = begin + i;
                 let g = column / self.grid.group_size * lanes;
                 let (scale, zero) = (&scales.scale[g..][..lanes], &scales.zero[g..][..lanes]);
-                let row = &self.hessian[column * self.width + begin..][..block];
+                let row = &mut damped[..block];
+                row.copy_from_slice(&rows[i * self.width + begin..][..block]);
+                row[i] += self.hessian.damping[column];
                 let inverse = row[i].recip();
                 let codes = &mut codes[column * lanes..][..lanes];
                 let moved = &mut moved[i * lanes..][..lanes];
@@ -179,16 +252,11 @@ impl State<'_> {
                 });
             }
             let others = [(0, begin), (begin + block, self.width - begin - block)];
-            for (first, rows) in others.into_iter().filter(|(_, rows)| *rows > 0) {
+            for (first, count) in others.into_iter().filter(|(_, count)| *count > 0) {
                 product(
-                    ViewMut::rows(&mut self.gradient[first * lanes..], rows, lanes, lanes),
+                    ViewMut::rows(&mut self.gradient[first * lanes..], count, lanes, lanes),
                     1.0,
-                    View::rows(
-                        &self.hessian[first * self.width + begin..],
-                        rows,
-                        block,
-                        self.width,
-                    ),
+                    View::rows(&rows[first..], block, count, self.width).transposed(),
                     View::rows(&moved, block, lanes, lanes),
                     -1.0,
                 );

@@ -4,9 +4,9 @@
 //! is f64: on a CPU the solve is a few percent of a run, and codes then do not depend on rounding luck.
 
 use super::factor::Factor;
-use super::gemm::{View, ViewMut, product};
+use super::gemm::{Real, View, ViewMut, product};
 use super::panels::{PANEL_ROWS, Panels};
-use super::refine::refine;
+use super::refine::{Hessian, refine};
 use super::scales::{Scales, assemble, search};
 use super::simd::vectorized;
 use super::{Grid, QuantizedWeight};
@@ -82,7 +82,10 @@ pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) 
     let mut scales = search(&target, lanes, &factor.importance(), grid);
     let mut swept = sweep(&target, lanes, factor, &scales, grid);
     if options.refine_rounds > 0 {
-        let hessian = factor.hessian.as_ref().expect("refinement needs the Hessian");
+        let hessian = Hessian {
+            gram: factor.gram.as_ref().expect("refinement needs the Hessian"),
+            damping: &factor.damping,
+        };
         let rounds = options.refine_rounds;
         swept.error = refine(&target, &mut swept.codes, &mut scales, hessian, grid, rounds);
     }
@@ -122,9 +125,10 @@ fn sweep(target: &[f64], lanes: usize, factor: &Factor, scales: &Scales, grid: G
     let mut codes = vec![0.0; target.len()];
     // Both by row of L: Σ e_j R_ji of the columns before, and W* R.
     let mut carried = vec![0.0; target.len()];
-    let mut outputs = vec![0.0; target.len()];
-    let panel_values = PANEL_ROWS.min(factor.width()) * lanes;
-    let (mut wanted, mut errors) = (vec![0.0; panel_values], vec![0.0; panel_values]);
+    let mut outputs = vec![0f32; target.len()];
+    let panel_rows = PANEL_ROWS.min(factor.width());
+    let (mut wanted, mut errors) = (vec![0.0; panel_rows * lanes], vec![0.0; panel_rows * lanes]);
+    let mut narrow = vec![0f32; panel_rows * factor.width()];
     let (mut error, mut clipped) = (0.0, 0);
     for panel in (0..lower.count()).rev() {
         let (rows, l) = (lower.rows(panel), lower.panel(panel));
@@ -163,32 +167,39 @@ fn sweep(target: &[f64], lanes: usize, factor: &Factor, scales: &Scales, grid: G
         }
         spread(
             &mut carried[..rows.start * lanes],
-            View::rows(l, rows.len(), rows.start, stride),
+            View::rows(&l, rows.len(), rows.start, stride),
             View::rows(&errors, rows.len(), lanes, lanes),
         );
+        // The energy is told and decides no code: single precision is enough, at half the time.
+        let narrow = &mut narrow[..l.len()];
+        narrow
+            .iter_mut()
+            .zip(&*l)
+            .for_each(|(to, from)| *to = *from as f32);
+        let wanted: Vec<f32> = wanted[..rows.len() * lanes].iter().map(|&w| w as f32).collect();
         spread(
             &mut outputs[..rows.end * lanes],
-            View::rows(l, rows.len(), rows.end, stride),
+            View::rows(narrow, rows.len(), rows.end, stride),
             View::rows(&wanted, rows.len(), lanes, lanes),
         );
     }
     Swept {
         codes,
         error,
-        energy: outputs.iter().map(|v| v * v).sum(),
+        energy: outputs.iter().map(|&v| f64::from(v).powi(2)).sum(),
         clipped,
     }
 }
 
 /// `out += lᵀ · values`
-fn spread(out: &mut [f64], l: View<'_, f64>, values: View<'_, f64>) {
+fn spread<T: Real>(out: &mut [T], l: View<'_, T>, values: View<'_, T>) {
     let lanes = values.columns();
     product(
         ViewMut::rows(out, l.columns(), lanes, lanes),
-        1.0,
+        T::ONE,
         l.transposed(),
         values,
-        1.0,
+        T::ONE,
     );
 }
 

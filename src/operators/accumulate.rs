@@ -8,6 +8,7 @@ use crate::model::SiteKind;
 use crate::statistics::{Accumulator, Exponents, SiteStatistics};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use timely::container::CapacityContainerBuilder;
@@ -23,10 +24,11 @@ pub struct Sums(Mutex<BTreeMap<Of, Arc<Accumulator>>>);
 type Of = (u64, SiteKind);
 
 impl Sums {
-    fn begin(&self, of: Of, new: impl FnOnce() -> SiteStatistics) -> Result<()> {
+    fn begin(&self, of: Of, new: impl FnOnce() -> Result<SiteStatistics>) -> Result<()> {
         let mut sums = self.0.lock().map_err(|_| poisoned())?;
-        sums.entry(of)
-            .or_insert_with(|| Arc::new(Accumulator::from(new())));
+        if let Entry::Vacant(place) = sums.entry(of) {
+            place.insert(Arc::new(Accumulator::from(new()?)));
+        }
         Ok(())
     }
 
@@ -109,7 +111,7 @@ fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Res
     if record.probe {
         return shared.sums.begin((step, input.site), || {
             let exponents = Exponents::from_probe(&x, x.len() / shared.probe.len());
-            SiteStatistics::new(exponents, shared.pass.products())
+            SiteStatistics::new(exponents, shared.pass.products(), &shared.room(step))
         });
     }
     let sums = shared.sums.get((step, input.site))?;

@@ -70,6 +70,10 @@ fn start(local: &Local) -> Result<u64> {
             }
             advance(local, step, position, false)?;
         }
+        // What carried these batches has served; a worker that is behind reads it again.
+        if let Some(before) = step.checked_sub(1) {
+            shared.stages.forget(before);
+        }
     }
     Ok(first)
 }

@@ -4,8 +4,9 @@ use super::experts::shrinkage;
 use super::local::Local;
 use super::records::{Factored, Merged};
 use crate::error::{Error, Result};
+use crate::memory::Room;
 use crate::model::SiteKind;
-use crate::numerics::factor::{Factor, shift};
+use crate::numerics::factor::{Factor, Factoring, shift};
 use crate::statistics::SiteStatistics;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -80,18 +81,32 @@ fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: SiteStatist
     let gram = products
         .gram
         .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
-    let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+    let room = local.shared.room(step);
     let refined = recipe.refine_rounds() > 0;
-    let factor = |damp| {
-        let damp = damp + shrinkage;
-        Factor::new(name, &gram, shift.clone(), damp, recipe.actorder, refined)
+    // What lies in files is read by whole rows.
+    let gram = match refined || matches!(room, Room::Scratch(_)) {
+        true => gram.into_full(&room)?,
+        false => gram,
+    };
+    let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
+    let gram = Arc::new(gram);
+    let factor = |damp_percent| {
+        let how = Factoring {
+            damp_percent: damp_percent + shrinkage,
+            column_order: recipe.actorder,
+            room: &room,
+            threads: local.peers,
+        };
+        let factor = Factor::new(name, &gram, shift.clone(), how)?;
+        Ok(Arc::new(match refined {
+            true => factor.with_gram(Arc::clone(&gram)),
+            false => factor,
+        }))
     };
     let damps = recipe.damp_percent.candidates().into_iter();
     Ok(Factored {
         site: Some(site),
-        factors: damps
-            .map(|damp| factor(damp).map(Arc::new))
-            .collect::<Result<_>>()?,
+        factors: damps.map(factor).collect::<Result<_>>()?,
         held_out: products.held_out.map(Arc::new),
         tokens,
         borrowed: summed - tokens.min(summed),

@@ -78,8 +78,7 @@ fn prefetch(local: &Local, step: u64) {
         .filter(|linear| linear.expert().is_none());
     let experts = soon.flat_map(linears).filter(|linear| linear.expert().is_some());
     for linear in ahead.chain(experts) {
-        let name = format!("{}.weight", linear.name);
-        shared.tower.checkpoint.prefetch(&name);
+        shared.tower.prefetch(linear.block, &linear.spec);
     }
 }
 

@@ -44,7 +44,7 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
     let writer = shared.output.writer()?;
     let read = |name: &str| {
         let at = writer.layout().tensors().get(name)?;
-        Some((at.spec.clone(), writer.read(name).ok()?))
+        Some((at.spec.clone(), writer.read(name).ok()?.into()))
     };
     let weights: Vec<Option<QuantizedWeight>> = plan
         .step_linears(step)

@@ -39,7 +39,7 @@ pub fn keep<'scope>(
                 // A later part of a site that is summed already.
                 let Some(mut sums) = statistics else { continue };
                 if !artifact.header.blocks.is_empty() {
-                    sums.merge(&artifact.site(block, site)?)?;
+                    sums.merge(&artifact.site(block, site, &shared.room(step))?)?;
                 }
                 file.add(site, &sums)?;
             }

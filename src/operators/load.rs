@@ -61,7 +61,7 @@ fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result
             .experts
             .set(block, tokens.map(Reached::new).collect())?;
     }
-    let sums = artifact.site(block, site)?;
+    let sums = artifact.site(block, site, &local.shared.room(step))?;
     let wanted = plan.step_linears(step).first().map(|linear| linear.columns);
     match wanted == Some(sums.width()) {
         true => Ok(Some(sums)),

@@ -8,8 +8,9 @@ use crate::calibration::Batch;
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Record};
+use crate::memory::Room;
 use crate::model::{Rotary, SiteKind, Tower};
-use crate::plan::Plan;
+use crate::plan::{Fit, Plan};
 use crate::report::{CpuClock, Observer};
 use crate::statistics::Product;
 use std::cell::RefCell;
@@ -142,6 +143,10 @@ pub struct Shared {
     pub tower: Tower,
     /// The work.
     pub plan: Plan,
+    /// How it fits into the memory.
+    pub fit: Fit,
+    /// Where activations and matrices go that do not.
+    pub scratch: Arc<Path>,
     /// Calibration batches.
     pub batches: Vec<Batch>,
     /// Which forward passes run.
@@ -164,6 +169,16 @@ pub struct Shared {
     pub clock: CpuClock,
     /// Stops the run.
     pub halt: Arc<Halt>,
+}
+
+impl Shared {
+    /// Where the matrices of a step are made.
+    pub fn room(&self, step: u64) -> Room {
+        match self.fit.is_spilled(step) {
+            true => Room::Scratch(Arc::clone(&self.scratch)),
+            false => Room::Memory,
+        }
+    }
 }
 
 /// One worker's own.

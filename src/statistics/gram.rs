@@ -2,10 +2,10 @@
 
 use super::Exponents;
 use crate::error::{Error, Result};
+use crate::memory::{Region, Room};
 use crate::numerics::gemm::{View, ViewMut, product};
 use crate::numerics::panels::{PANEL_ROWS, Panels, Shape, panel_rows};
 use crate::numerics::simd::vectorized;
-use bytemuck::allocation::cast_vec;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -39,7 +39,7 @@ pub struct Panel {
     /// First row.
     pub first_row: usize,
     /// `[rows, columns]`, row-major; columns begin at `first_row` for the symmetric ones, else at 0.
-    pub sums: Vec<i64>,
+    pub sums: Region<i64>,
 }
 
 impl Product {
@@ -87,47 +87,36 @@ pub struct SiteProducts {
 pub struct Accumulator {
     exponents: Exponents,
     tokens: Mutex<i64>,
-    panels: Vec<(Product, usize, Mutex<Vec<i64>>)>,
+    panels: Vec<(Product, usize, Mutex<Region<i64>>)>,
 }
 
 impl SiteStatistics {
-    /// Zero sums of these products.
-    pub fn new(exponents: Exponents, products: &[Product]) -> Self {
-        let width = exponents.width();
-        let panels = products.iter().flat_map(|&product| {
-            let zeros = move |(rows, columns): (Range<usize>, Range<usize>)| Panel {
-                product,
-                first_row: rows.start,
-                sums: vec![0; rows.len() * columns.len()],
-            };
-            product.panels(width).into_iter().map(zeros)
-        });
-        Self {
-            panels: panels.collect(),
-            exponents,
-            tokens: 0,
-        }
-    }
-
-    /// Sums that were kept, in the order of [`Self::panels`].
+    /// Zero sums of these products, in `room`.
     ///
     /// # Errors
-    /// A panel is missing or misshapen.
+    /// `room` has none left.
+    pub fn new(exponents: Exponents, products: &[Product], room: &Room) -> Result<Self> {
+        Self::from_panels(exponents, products, 0, room, |_, _, _| Ok(()))
+    }
+
+    /// Sums that were kept: `fill` is given each panel's product, first row and place.
+    ///
+    /// # Errors
+    /// Those of `fill`; `room` has none left.
     pub fn from_panels(
         exponents: Exponents,
         products: &[Product],
         tokens: u64,
-        mut sums: impl FnMut(Product, usize) -> Result<Vec<i64>>,
+        room: &Room,
+        mut fill: impl FnMut(Product, usize, &mut [i64]) -> Result<()>,
     ) -> Result<Self> {
         let width = exponents.width();
         let mut panels = Vec::new();
         for &product in products {
             for (rows, columns) in product.panels(width) {
                 let first_row = rows.start;
-                let sums = sums(product, first_row)?;
-                if sums.len() != rows.len() * columns.len() {
-                    return Err(misfit(first_row));
-                }
+                let mut sums = room.zeros(rows.len() * columns.len())?;
+                fill(product, first_row, &mut sums.write())?;
                 panels.push(Panel {
                     product,
                     first_row,
@@ -184,7 +173,7 @@ impl SiteStatistics {
             if place(own) != place(panel) {
                 return Err(misfit(panel.first_row));
             }
-            for (sum, &more) in own.sums.iter_mut().zip(&panel.sums) {
+            for (sum, &more) in own.sums.write().iter_mut().zip(&*panel.sums.read()) {
                 *sum = sum.checked_add(more).ok_or_else(|| overflow(panel.first_row))?;
             }
         }
@@ -196,7 +185,7 @@ impl SiteStatistics {
     pub fn into_products(self) -> SiteProducts {
         let width = self.width();
         let inverse: Vec<f64> = self.exponents.scales().iter().map(|s| s.recip()).collect();
-        let mut products = std::collections::BTreeMap::<Product, Vec<Vec<f64>>>::new();
+        let mut products = std::collections::BTreeMap::<Product, Vec<Region<f64>>>::new();
         for panel in self.panels {
             let Some(shape) = panel.product.shape() else {
                 continue;
@@ -219,11 +208,12 @@ impl SiteStatistics {
     }
 }
 
-/// A panel in f64, in the same memory; `mirrored`: the upper half of its diagonal block counts for both.
-fn to_f64(panel: Panel, inverse: &[f64], mirrored: bool) -> Vec<f64> {
+/// A panel in f64, in the same place; `mirrored`: the upper half of its diagonal block counts for both.
+fn to_f64(panel: Panel, inverse: &[f64], mirrored: bool) -> Region<f64> {
     let begin = first_column(panel.product, panel.first_row);
     let columns = inverse.len() - begin;
-    let mut sums = panel.sums;
+    let mut region = panel.sums;
+    let mut sums = region.write();
     let rows = sums.len() / columns;
     for (row, sums) in sums.chunks_exact_mut(columns).enumerate() {
         let scale = inverse[panel.first_row + row];
@@ -238,7 +228,8 @@ fn to_f64(panel: Panel, inverse: &[f64], mirrored: bool) -> Vec<f64> {
             }
         }
     }
-    cast_vec(sums)
+    drop(sums);
+    region.cast()
 }
 
 impl From<SiteStatistics> for Accumulator {
@@ -295,7 +286,7 @@ impl Accumulator {
                 Product::Sum => {
                     let mut sums = lock()?;
                     for _ in 0..multiplicity.unsigned_abs() {
-                        add_sums(&mut sums, x, &scales, sign)?;
+                        add_sums(&mut sums.write(), x, &scales, sign)?;
                     }
                     continue;
                 }
@@ -315,6 +306,7 @@ impl Accumulator {
             );
             // Only the addition needs the panel for itself.
             let mut sums = lock()?;
+            let mut sums = sums.write();
             for row in 0..rows {
                 let sums = &mut sums[row * columns..][..columns];
                 let products = &buffer[row * columns..][..columns];
@@ -443,10 +435,12 @@ mod tests {
         fn sums_are_the_f64_sums_and_merge_in_any_order(width in 1usize..420, tokens in 1usize..40, seed in 0u64..1000) {
             let batches: Vec<_> = (0..3).map(|b| (random(tokens * width, seed * 7 + b), random(tokens * width, seed * 11 + b + 99))).collect();
             let exponents = Exponents::from_probe(&random(64 * width, 5), width);
-            let sum = |parts: &[&[usize]]| {
-                let mut total = SiteStatistics::new(exponents.clone(), &PRODUCTS);
+            let folder = tempfile::tempdir().unwrap();
+            let scratch = Room::Scratch(folder.path().into());
+            let sum = |parts: &[&[usize]], room: &Room| {
+                let mut total = SiteStatistics::new(exponents.clone(), &PRODUCTS, room).unwrap();
                 for part in parts {
-                    let own = Accumulator::from(SiteStatistics::new(exponents.clone(), &PRODUCTS));
+                    let own = Accumulator::from(SiteStatistics::new(exponents.clone(), &PRODUCTS, room).unwrap());
                     std::thread::scope(|scope| {
                         for &b in *part {
                             let (own, batch) = (&own, &batches[b]);
@@ -457,9 +451,9 @@ mod tests {
                 }
                 total
             };
-            let one = sum(&[&[0, 1, 2]]);
-            prop_assert_eq!(&one, &sum(&[&[2], &[0, 1]]));
-            prop_assert_eq!(&one, &sum(&[&[1], &[2], &[0]]));
+            let one = sum(&[&[0, 1, 2]], &Room::Memory);
+            prop_assert_eq!(&one, &sum(&[&[2], &[0, 1]], &scratch));
+            prop_assert_eq!(&one, &sum(&[&[1], &[2], &[0]], &Room::Memory));
             prop_assert_eq!(one.tokens(), 3 * tokens as i64);
             // Twice added and once taken away is once added.
             let twice = Accumulator::from(one.clone());
@@ -468,7 +462,7 @@ mod tests {
             }
             prop_assert_eq!(&twice.finish().unwrap(), &one);
             let scales = one.exponents.scales();
-            let sums = &one.panels.last().unwrap().sums;
+            let sums = one.panels.last().unwrap().sums.read().to_vec();
             for j in 0..width {
                 let expected: f64 = batches.iter().flat_map(|b| b.0[j..].iter().step_by(width)).map(|&v| f64::from(v)).sum();
                 prop_assert!((sums[j] as f64 / scales[j] / 2048.0 - expected).abs() < 1e-3);
@@ -492,7 +486,9 @@ mod tests {
     fn what_cannot_be_summed_is_an_error() {
         let exponents = Exponents::from_probe(&[1.0; 8], 2);
         for bad in [f32::NAN, f32::INFINITY, 1e30] {
-            let statistics = Accumulator::from(SiteStatistics::new(exponents.clone(), &[Product::Gram]));
+            let statistics = Accumulator::from(
+                SiteStatistics::new(exponents.clone(), &[Product::Gram], &Room::Memory).unwrap(),
+            );
             assert!(statistics.add(&[1.0, bad], None, 1).is_err(), "{bad}");
         }
         let mut sums = [i64::MAX - 5];

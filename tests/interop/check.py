@@ -9,6 +9,8 @@ compressed-tensors files are loaded by transformers, GPTQ files by GPTQModel, bo
   weights     the reader's own unpacking, then float32 arithmetic: logits equal `quantflow logits` up to F32_NOISE
   loaded      the reader's own arithmetic in 16 bits: logits equal up to HALF_NOISE
   perplexity  `quantflow evaluate` agrees with the reader's weights
+The same of outputs whose source is quantized: 8-bit floats in blocks (DeepSeek-V3's layout; transformers reads it, too), and 4-bit integers
+that compressed-tensors' own compressor packed. There, our logits of the source itself are compared, too.
 Top-1 has to be identical wherever the two largest of our logits are further apart than both could move.
 The last line is `N passed, N failed`; the exit status is 1 if any failed. Versions: requirements.txt.
 """
@@ -209,6 +211,111 @@ def unpack_gptq(model):
     return weights
 
 
+def our_logits(args, folder):
+    quantflow(args, "logits", folder, "--tokens", args.work / "tokens.npy", "-o", args.work / "logits.safetensors")
+    return load_file(args.work / "logits.safetensors")["logits"]
+
+
+def with_weights(original, weights):
+    """A copy of the model that has these weights."""
+    dense = copy.deepcopy(original)
+    parameters = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            need(parameters[name].shape == weight.shape, f"{name} is {tuple(weight.shape)}")
+            parameters[name].copy_(weight)
+    return dense
+
+
+def write_floats(state, chosen):
+    """8-bit floats, a scale for each block of 128 x 128, as DeepSeek-V3's `weight_dequant` reads them."""
+    parts, values = {}, {}
+    for name in chosen:
+        rows, columns = (side // 128 for side in state[name].shape)
+        blocks = state[name].float().reshape(rows, 128, columns, 128)
+        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        parts |= {name: codes.reshape(state[name].shape), f"{name}_scale_inv": scale}
+        values[name] = (codes.float() * scale[:, None, :, None]).reshape(state[name].shape)
+    return parts, values, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def write_integers(state, chosen):
+    """4-bit integers in groups of 64, packed and unpacked by compressed-tensors."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as packed
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64)
+    scheme = QuantizationScheme(targets=[r"re:.*layers\..*_proj$"], weights=weights, format="pack-quantized")
+    config = QuantizationConfig(config_groups={"group_0": scheme}, format="pack-quantized",
+                                quantization_status="compressed", ignore=["lm_head", "re:.*visual.*"])
+    parts, values = {}, {}
+    for name in chosen:
+        weight = state[name].float()
+        scale = (weight.unflatten(1, (-1, 64)).abs().amax(2) / 7.5).bfloat16()
+        made = packed.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
+        values[name] = packed.decompress(made, scheme)["weight"]
+        made["weight_scale"] = scale
+        parts |= {name.removesuffix("weight") + part: tensor for part, tensor in made.items()}
+    return parts, values, json.loads(config.model_dump_json())
+
+
+def check_source(write, args, tokens, original, plain):
+    """A quantized source: evaluated, loaded by its reader, quantized anew with one layer left alone."""
+    from safetensors.torch import save_file
+
+    folder, out_dir = args.work / write.__name__, args.work / f"from-{write.__name__}"
+    folder.mkdir()
+    for file in args.model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    state = {name: plain.get(name) for name in plain.at}
+    chosen = [name for name in state if "language_model.layers" in name and name.endswith("_proj.weight")]
+    parts, values, quantization = write(state, chosen)
+    kept = {name: tensor for name, tensor in state.items() if name not in values}
+    save_file({k: v.contiguous() for k, v in (kept | parts).items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+    dense = with_weights(original, values)
+    reference = logits(dense, tokens)
+    notes = [compare("source", our_logits(args, folder), reference, F32_NOISE)]
+    if quantization["quant_method"] == "fp8":
+        # On a CPU, transformers gives weights back in bf16, whatever it is asked for.
+        loaded = dict(auto_class(folder).from_pretrained(folder, dtype=torch.bfloat16).named_parameters())
+        theirs = {name: loaded[name].detach().float() for name in chosen}
+        for name, weight in theirs.items():
+            need(torch.equal(weight, values[name].bfloat16().float()), f"{name}: the reader has other values")
+        loaded = with_weights(original, theirs)
+    else:
+        loaded = load_compressed_tensors(folder, quantization)
+    notes.append(compare("source loaded", reference, logits(loaded, tokens), HALF_NOISE))
+    del loaded
+
+    quantflow(args, "quantize", folder, "-o", out_dir, "--calibration", args.data / "text_calib.jsonl",
+              "--samples", 16, "--length", 256, "--group-size", 64, "--ignore", r"layers\.1\.")
+    report = json.loads(quantflow(args, "verify", out_dir, "--source", folder, "--json"))
+    need(not report["problems"], f"verify: {report['problems'][:3]}")
+    out = Shards(out_dir)
+    linears = quantized_linears(out, "compressed-tensors")
+    left = {name for name in chosen if name.removesuffix(".weight") not in linears}
+    need(len(left) == report["dequantized"] == 7, f"{len(left)} weights of layer 1 were left alone")
+    for name in left:
+        need(torch.equal(out.get(name), values[name].bfloat16()), f"{name} is not the source's value in bf16")
+        values[name] = out.get(name).float()
+    for name in out.at:
+        linear, _, part = name.rpartition(".")
+        need(name in state or (linear in linears and part in PARTS["compressed-tensors"]), f"{name} is left over")
+    config = json.loads((out_dir / "config.json").read_text())["quantization_config"]
+    modules = dict(original.named_modules())
+    unnamed = {n for n, m in modules.items() if isinstance(m, torch.nn.Linear)} - linears - set(config["ignore"])
+    need(not unnamed, f"not in ignore: {sorted(unnamed)[:3]}")
+    notes.append(f"{len(linears)} packed, {len(left)} dequantized")
+    notes += against_reader(out_dir, out, linears, config, args, tokens, with_weights(original, values), folder,
+                            perplexity(reference, tokens))
+    return ", ".join(notes)
+
+
 def check(case, args, tokens, original, source, reference):
     form, bits, group, symmetric = case
     family = "gptq" if form.startswith("gptq") else form
@@ -223,34 +330,32 @@ def check(case, args, tokens, original, source, reference):
     notes = [check_structure(source, out, linears, family, config, dict(original.named_modules()))]
     if family == "gptq":
         need(json.loads((out_dir / "quantize_config.json").read_text()) == config, "quantize_config.json is another config")
+    notes += against_reader(out_dir, out, linears, config, args, tokens, original, args.model, reference)
+    return ", ".join(notes)
 
-    quantflow(args, "logits", out_dir, "--tokens", args.work / "tokens.npy", "-o", args.work / "logits.safetensors")
-    ours = load_file(args.work / "logits.safetensors")["logits"]
 
+def against_reader(out_dir, out, linears, config, args, tokens, original, reference_dir, reference):
+    """Our logits and perplexity of an output against its reader's; `original` has all weights that are not packed."""
+    family = config["quant_method"]
+    ours = our_logits(args, out_dir)
     loaded = load_gptq(out_dir) if family == "gptq" else load_compressed_tensors(out_dir, config)
     # GPTQModel keeps other tensors in f16 too, transformers in f32.
     theirs = logits(loaded, tokens)
     weights = unpack_gptq(loaded) if family == "gptq" else unpack_compressed_tensors(out, linears, config)
     del loaded
     need({f"{linear}.weight" for linear in linears} == set(weights), "the reader unpacked other linears than are packed")
-    dense = copy.deepcopy(original)
-    parameters = dict(dense.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            need(parameters[name].shape == weight.shape, f"{name} was unpacked as {tuple(weight.shape)}")
-            parameters[name].copy_(weight)
+    dense = with_weights(original, weights)
     exact = logits(dense, tokens)
-    notes.append(compare("weights", ours, exact, F32_NOISE))
-    notes.append(compare("loaded", ours, theirs, HALF_NOISE))
+    notes = [compare("weights", ours, exact, F32_NOISE), compare("loaded", ours, theirs, HALF_NOISE)]
 
-    report = json.loads(quantflow(args, "evaluate", out_dir, "--reference", args.model,
+    report = json.loads(quantflow(args, "evaluate", out_dir, "--reference", reference_dir,
                                   "--tokens", args.work / "tokens.npy", "--json"))
     for key, want in (("perplexity", perplexity(exact, tokens)), ("reference_perplexity", reference)):
         need(abs(report[key] / want - 1) < PERPLEXITY_NOISE, f"{key}: evaluate says {report[key]:.4f}, the reader {want:.4f}")
     notes.append(f"perplexity {report['perplexity']:.2f} of {report['reference_perplexity']:.2f}")
     del dense
     gc.collect()
-    return ", ".join(notes)
+    return notes
 
 
 def check_refusal(args):
@@ -293,6 +398,8 @@ def main():
     checks = {f"{form} {bits} bit, group {group}, {'symmetric' if sym else 'asymmetric'}":
               lambda case=(form, bits, group, sym): check(case, args, tokens, original, source, reference)
               for form, bits, group, sym in CASES}
+    for write in (write_floats, write_integers):
+        checks[f"source: {write.__name__}"] = lambda write=write: check_source(write, args, tokens, original, source)
     checks["gptq refuses asymmetric"] = lambda: check_refusal(args)
     count = collections.Counter()
     for name, todo in checks.items():

@@ -149,8 +149,8 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
             assert!(!job.output.join("config.json").exists());
         }
         // Other groups of experts: the output does not know of them.
-        let fixed = job.plan().map(|(_, plan)| job.predict(&plan).unwrap()).unwrap();
-        let memory = Some(fixed.0 - fixed.1);
+        let fit = job.fit(&job.plan().unwrap().1).unwrap();
+        let memory = Some(fit.peak_host_bytes - fit.resident_activation_bytes);
         let rest = run(&Job { memory, ..job }).unwrap();
         assert!(rest.resumed_blocks >= 1, "{name}: {}", rest.resumed_blocks);
         assert_eq!(rest.output_digest, whole.output_digest, "{name}");

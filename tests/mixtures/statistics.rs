@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use quantflow::artifact::Artifact;
 use quantflow::calibration::{ContentId, Documents, Placed};
 use quantflow::error::Result;
+use quantflow::memory::Room;
 use quantflow::model::{Linear, SiteKind, Source};
 use quantflow::pipelines::quantize;
 use quantflow::pipelines::statistics::{Change, Job, Summary, merge_artifacts, update};
@@ -160,7 +161,9 @@ fn an_experts_sums_are_those_of_the_definition() {
     for expert in 0..6 {
         let gate = rows(&x.matmul(&matrix(&format!("experts.{expert}.w1"))).unwrap());
         let up = rows(&x.matmul(&matrix(&format!("experts.{expert}.w3"))).unwrap());
-        let sums = artifact.site(0, SiteKind::ExpertDown(expert as u32)).unwrap();
+        let sums = artifact
+            .site(0, SiteKind::ExpertDown(expert as u32), &Room::Memory)
+            .unwrap();
         let sent = gates.iter().filter(|gates| gates[expert] > 0.0).count();
         assert!(sent > 28, "expert {expert} is sent {sent}");
         assert_eq!(sums.tokens(), sent as i64);
@@ -211,11 +214,8 @@ fn one_artifact_is_solved_by_any_number_of_workers_in_any_groups() {
                 ..job.clone()
             };
             if tight {
-                let (peak, resident) = again
-                    .plan()
-                    .map(|(_, plan)| again.predict(&plan).unwrap())
-                    .unwrap();
-                again.memory = Some(peak - resident);
+                let fit = again.fit(&again.plan().unwrap().1).unwrap();
+                again.memory = Some(fit.peak_host_bytes - fit.resident_activation_bytes);
             }
             assert_eq!(
                 run(&again).unwrap().output_digest,

@@ -1,0 +1,174 @@
+//! Where large matrices lie: in memory, or in scratch files whose pages are resident only while they are used. Knows neither
+//! what a matrix means nor who decides; the plan decides, by step.
+
+use crate::error::Result;
+use crate::storage::ScratchMap;
+use bytemuck::{Pod, cast_slice, cast_slice_mut};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::ops::{Deref, DerefMut};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Where new regions are made.
+#[derive(Clone, Debug)]
+pub enum Room {
+    /// On the heap.
+    Memory,
+    /// In nameless files in this folder.
+    Scratch(Arc<Path>),
+}
+
+impl Room {
+    /// A region of `length` zeros.
+    ///
+    /// # Errors
+    /// The disk has no room for it.
+    pub fn zeros<T: Pod>(&self, length: usize) -> Result<Region<T>> {
+        Ok(Region(match self {
+            Self::Memory => Place::Memory(vec![T::zeroed(); length]),
+            Self::Scratch(folder) => {
+                Place::Scratch(ScratchMap::create(folder, length * size_of::<T>())?, length)
+            }
+        }))
+    }
+}
+
+/// A fixed number of values. Those in a scratch file are resident from the first touch through a guard until that guard goes; so a
+/// kernel that works through a matrix region by region needs the memory of those that it holds.
+#[derive(Debug)]
+pub struct Region<T>(Place<T>);
+
+#[derive(Debug)]
+enum Place<T> {
+    Memory(Vec<T>),
+    /// And how many values.
+    Scratch(ScratchMap, usize),
+}
+
+impl<T: Pod> Region<T> {
+    /// How many values.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Place::Memory(values) => values.len(),
+            Place::Scratch(_, length) => *length,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The values.
+    pub fn read(&self) -> Values<'_, T> {
+        Values(self)
+    }
+
+    /// The values, to be written.
+    pub fn write(&mut self) -> ValuesMut<'_, T> {
+        ValuesMut(self)
+    }
+
+    /// The same bits as values of another type.
+    ///
+    /// # Panics
+    /// The types have different sizes.
+    pub fn cast<U: Pod>(self) -> Region<U> {
+        assert_eq!(size_of::<T>(), size_of::<U>());
+        Region(match self.0 {
+            Place::Memory(values) => Place::Memory(bytemuck::allocation::cast_vec(values)),
+            Place::Scratch(map, length) => Place::Scratch(map, length),
+        })
+    }
+
+    fn values(&self) -> &[T] {
+        match &self.0 {
+            Place::Memory(values) => values,
+            Place::Scratch(map, length) => &cast_slice(map.bytes())[..*length],
+        }
+    }
+
+    fn release(&self) {
+        if let Place::Scratch(map, _) = &self.0 {
+            map.release();
+        }
+    }
+}
+
+impl<T> From<Vec<T>> for Region<T> {
+    fn from(values: Vec<T>) -> Self {
+        Self(Place::Memory(values))
+    }
+}
+
+/// A copy is in memory.
+impl<T: Pod> Clone for Region<T> {
+    fn clone(&self) -> Self {
+        self.read().to_vec().into()
+    }
+}
+
+impl<T: Pod + PartialEq> PartialEq for Region<T> {
+    fn eq(&self, other: &Self) -> bool {
+        *self.read() == *other.read()
+    }
+}
+
+impl<T: Pod + Eq> Eq for Region<T> {}
+
+impl<T: Pod + Serialize> Serialize for Region<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.read().serialize(serializer)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Region<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        Vec::deserialize(deserializer).map(Self::from)
+    }
+}
+
+/// A region's values, resident while this lives.
+#[derive(Debug)]
+pub struct Values<'a, T: Pod>(&'a Region<T>);
+
+impl<T: Pod> Deref for Values<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.0.values()
+    }
+}
+
+impl<T: Pod> Drop for Values<'_, T> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+/// As [`Values`], to be written.
+#[derive(Debug)]
+pub struct ValuesMut<'a, T: Pod>(&'a mut Region<T>);
+
+impl<T: Pod> Deref for ValuesMut<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.0.values()
+    }
+}
+
+impl<T: Pod> DerefMut for ValuesMut<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match &mut self.0.0 {
+            Place::Memory(values) => values,
+            Place::Scratch(map, length) => &mut cast_slice_mut(map.bytes_mut())[..*length],
+        }
+    }
+}
+
+impl<T: Pod> Drop for ValuesMut<'_, T> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}

@@ -1,0 +1,453 @@
+//! The weights of a checkpoint in f32, however they are stored: plain, among all experts, or quantized. Whoever needs a linear asks here;
+//! what is quantized is dequantized as it is read, and nothing is copied to the disk.
+
+use super::block::Linear;
+use super::sites::{FusedSlice, LinearSpec};
+use super::tower::Tower;
+use crate::checkpoint::TensorView;
+use crate::error::{Error, Result};
+use crate::formats::{Reader, Stored, TensorSpec};
+use crate::numerics::QuantizedWeight;
+use bytemuck::allocation::pod_collect_to_vec;
+use candle_core::{Device, Tensor};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// Bytes of a quantized weight, in f32, that are dequantized at a time where it is not needed whole.
+const PANEL_BYTES: usize = 16 << 20;
+
+/// A weight that the checkpoint stores quantized.
+#[derive(Clone, Debug)]
+pub struct Coded {
+    /// Name and shape that it has unquantized, and the dtype of the model's plain weights.
+    pub spec: TensorSpec,
+    /// The tensors of which it is made.
+    pub parts: BTreeSet<String>,
+}
+
+impl Tower {
+    /// Name, dtype, shape and bytes of a tensor as it lies in the memory map.
+    fn stored(&self, name: &str) -> Option<(TensorSpec, Cow<'_, [u8]>)> {
+        let view = self.checkpoint.get(name)?;
+        Some((self.checkpoint.spec(name)?, Cow::Borrowed(view.bytes)))
+    }
+
+    /// What reads the weight `name`, if that is stored quantized.
+    fn reader_of(&self, name: &str) -> Option<&Reader> {
+        let reader = self.reader.as_ref();
+        reader.filter(|reader| reader.holds(name, &|name| self.stored(name)))
+    }
+
+    /// What the config says of quantized weights.
+    pub fn reader(&self) -> Option<&Reader> {
+        self.reader.as_ref()
+    }
+
+    /// Shape of a weight, by the name that it has unquantized. Reads headers only.
+    ///
+    /// # Errors
+    /// It is missing, or stored in a way that cannot be read.
+    fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        if let Some(reader) = self.reader_of(name) {
+            return reader.shape(name, &|name| self.stored(name));
+        }
+        let tensor = self.checkpoint.tensor(name)?;
+        match tensor.dtype {
+            Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(tensor.shape.to_vec()),
+            other => Err(unreadable(name, other)),
+        }
+    }
+
+    /// Refuses a weight that is missing, unreadable or of another shape. Reads headers only.
+    pub(super) fn expect(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let found = self.shape(name)?;
+        if found == shape {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            name,
+            format!("has shape {found:?}, config.json asks for {shape:?}"),
+            "config.json and weights are of different models",
+        ))
+    }
+
+    /// Refuses a linear that could not be read. Looks at headers only.
+    ///
+    /// # Errors
+    /// A tensor of it is missing, or has another shape than config.json asks for.
+    pub fn expect_linear(&self, block: usize, linear: &LinearSpec) -> Result<()> {
+        match (&linear.fused, self.fused_name(block, linear)) {
+            (Some(slice), Some(name)) => self.is_input_first(&name, linear, slice).map(drop),
+            _ => self.expect(&self.weight_name(block, linear), &[linear.rows, linear.columns]),
+        }
+    }
+
+    /// `model.layers.3.mlp.up_proj.weight`
+    fn weight_name(&self, block: usize, linear: &LinearSpec) -> String {
+        format!("{}.weight", self.linear_name(block, linear))
+    }
+
+    /// All weights that are stored quantized, in the tower and outside, by name. Reads headers only.
+    ///
+    /// # Errors
+    /// Tensors of one are missing, contradict each other, or are there beside a plain one.
+    pub fn coded(&self) -> Result<Vec<Coded>> {
+        let Some(reader) = &self.reader else {
+            return Ok(Vec::new());
+        };
+        let mut found = Vec::new();
+        for part in self.checkpoint.names() {
+            let Some(name) = self
+                .checkpoint
+                .spec(part)
+                .and_then(|spec| reader.weight_name(&spec))
+            else {
+                continue;
+            };
+            if name != part && self.checkpoint.contains(&name) {
+                return Err(Error::invalid(
+                    name,
+                    format!("is there beside {part}"),
+                    "remove one of them: it is not known which is meant",
+                ));
+            }
+            found.push(Coded {
+                parts: reader.parts(&name, &|name| self.stored(name)),
+                spec: TensorSpec {
+                    shape: self.shape(&name)?,
+                    dtype: self.weight_dtype(),
+                    name,
+                },
+            });
+        }
+        Ok(found)
+    }
+
+    /// Hands over a quantized weight's elements in its spec's dtype, a panel of rows at a time.
+    ///
+    /// # Errors
+    /// It cannot be read, or `visit` fails.
+    pub fn dequantize(&self, coded: &Coded, visit: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let TensorSpec { name, dtype, shape } = &coded.spec;
+        let stored = self.read(name)?;
+        let (experts, rows, columns) = match shape[..] {
+            [rows, columns] => (1, rows, columns),
+            [experts, rows, columns] => (experts, rows, columns),
+            _ => return Err(Error::invalid(name, format!("has shape {shape:?}"), "")),
+        };
+        for expert in 0..experts {
+            for rows in panels(rows, columns) {
+                visit(&narrow(name, &stored.dequantize(expert, rows)?, *dtype)?)?;
+            }
+        }
+        self.release(name);
+        Ok(())
+    }
+
+    /// A weight as it is stored, which is quantized.
+    fn read(&self, name: &str) -> Result<Stored<'_>> {
+        match self.reader_of(name) {
+            Some(reader) => reader.read(name, &|name| self.stored(name)),
+            None => Err(Error::invalid(name, "is not quantized", "")),
+        }
+    }
+
+    /// Takes a quantized weight's pages out of resident memory.
+    fn release(&self, name: &str) {
+        for part in (self.reader.iter()).flat_map(|reader| reader.parts(name, &|name| self.stored(name))) {
+            self.checkpoint.release(&part);
+        }
+    }
+
+    /// Asks the system to read a linear's pages ahead.
+    pub fn prefetch(&self, block: usize, linear: &LinearSpec) {
+        let name = self.weight_name(block, linear);
+        match self.reader_of(&name) {
+            None => self.checkpoint.prefetch(&name),
+            Some(reader) => {
+                let parts = reader.parts(&name, &|name| self.stored(name));
+                parts.iter().for_each(|part| self.checkpoint.prefetch(part));
+            }
+        }
+    }
+
+    /// The codes of a linear by its full module name; `None` where it is not stored in integer codes.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn codes(&self, linear: &str) -> Result<Option<QuantizedWeight>> {
+        let name = format!("{linear}.weight");
+        if self.reader_of(&name).is_none() {
+            return Ok(None);
+        }
+        let stored = self.read(&name)?;
+        self.release(&name);
+        Ok(match stored {
+            Stored::Codes(weight) => Some(weight),
+            Stored::Floats(_) => None,
+        })
+    }
+
+    /// A weight in f32, by the name that it has unquantized.
+    pub fn load(&self, name: &str) -> Result<Tensor> {
+        if self.reader_of(name).is_some() {
+            let shape = self.shape(name)?;
+            let values = self.read(name)?.dequantize(0, 0..shape[0])?;
+            self.release(name);
+            return Ok(Tensor::from_vec(values, shape, &self.device)?);
+        }
+        let view = self.checkpoint.tensor(name)?;
+        let mut values = Vec::with_capacity(view.shape.iter().product());
+        self.checkpoint
+            .stream(name, |bytes| widen_onto(&mut values, name, view.dtype, bytes))?;
+        Ok(Tensor::from_vec(values, view.shape, &self.device)?)
+    }
+
+    /// The rows of the matrix `name` in f32, from the first to the last, a panel at a time: it is never whole in memory.
+    pub(super) fn panels<T>(
+        &self,
+        name: &str,
+        mut use_panel: impl FnMut(&Tensor) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let shape = self.shape(name)?;
+        let [rows, columns] = shape[..] else {
+            return Err(Error::invalid(
+                name,
+                format!("has shape {shape:?}, not two sides"),
+                "",
+            ));
+        };
+        let coded = match self.reader_of(name) {
+            Some(_) => Some(self.read(name)?),
+            None => None,
+        };
+        let view = self.checkpoint.get(name);
+        let panels = panels(rows, columns).map(|rows| {
+            let (height, begin) = (rows.len(), rows.start);
+            let panel = match (&coded, view) {
+                (Some(stored), _) => {
+                    Tensor::from_vec(stored.dequantize(0, rows)?, (height, columns), &self.device)?
+                }
+                (None, Some(view)) => {
+                    let row_bytes = view.bytes.len() / shape[0];
+                    let bytes = &view.bytes[begin * row_bytes..][..height * row_bytes];
+                    let shape = &[height, columns];
+                    widen(&TensorView { bytes, shape, ..view }, &self.device)?
+                }
+                (None, None) => return Err(Error::invalid(name, "is missing", "")),
+            };
+            self.release(name);
+            self.checkpoint.release(name);
+            use_panel(&panel)
+        });
+        panels.collect()
+    }
+
+    /// The tensor of all experts that holds this linear, by its full name, where there is one and no tensor of the linear's own.
+    pub fn fused_name(&self, block: usize, linear: &LinearSpec) -> Option<String> {
+        let slice = linear.fused.as_ref()?;
+        let own = self.weight_name(block, linear);
+        let name = format!("{}{}", self.block_prefix(block), slice.tensor);
+        (!self.checkpoint.contains(&own) && self.checkpoint.contains(&name)).then_some(name)
+    }
+
+    /// The bias of a linear, if it has one.
+    pub fn bias(&self, block: usize, linear: &LinearSpec) -> Result<Option<Tensor>> {
+        let name = format!("{}.bias", self.linear_name(block, linear));
+        if self.checkpoint.contains(&name) {
+            self.expect(&name, &[linear.rows])?;
+            return self.load(&name).map(Some);
+        }
+        let Some(slice) = &linear.fused else {
+            return Ok(None);
+        };
+        let name = format!("{}{}_bias", self.block_prefix(block), slice.tensor);
+        if !self.checkpoint.contains(&name) {
+            return Ok(None);
+        }
+        let rows = linear.rows * slice.parts;
+        self.expect(&name, &[slice.experts, rows])?;
+        let all = self.expert(&name, slice, &[rows, 1])?;
+        Ok(Some(part(&all, linear.rows, slice)?.flatten_all()?))
+    }
+
+    /// One expert's share of a tensor of all experts, which is `[experts, ..]`, in f32 and in `shape`.
+    fn expert(&self, name: &str, slice: &FusedSlice, shape: &[usize]) -> Result<Tensor> {
+        if self.reader_of(name).is_some() {
+            let values = self.read(name)?.dequantize(slice.expert, 0..shape[0])?;
+            self.release(name);
+            return Ok(Tensor::from_vec(values, shape, &self.device)?);
+        }
+        let all = self.checkpoint.tensor(name)?;
+        let bytes = all.bytes.len() / slice.experts;
+        let view = TensorView {
+            bytes: &all.bytes[slice.expert * bytes..][..bytes],
+            shape,
+            ..all
+        };
+        let tensor = widen(&view, &self.device)?;
+        self.checkpoint.release(name);
+        Ok(tensor)
+    }
+
+    /// Whether a tensor of all experts is `[experts, in, out]`, not `[experts, out, in]`.
+    fn is_input_first(&self, name: &str, linear: &LinearSpec, slice: &FusedSlice) -> Result<bool> {
+        let (rows, columns) = (linear.rows * slice.parts, linear.columns);
+        let found = self.shape(name)?;
+        let layouts = [[slice.experts, columns, rows], [slice.experts, rows, columns]];
+        match layouts.map(|shape| found == shape) {
+            [true, true] => Ok(slice.layout.input_first),
+            [true, false] => Ok(true),
+            [false, true] => Ok(false),
+            [false, false] => Err(Error::invalid(
+                name,
+                format!(
+                    "has shape {found:?}, config.json asks for {:?} or {:?}",
+                    layouts[0], layouts[1]
+                ),
+                "config.json and weights are of different models",
+            )),
+        }
+    }
+
+    /// A linear out of a tensor of all experts.
+    fn fused_linear(&self, name: &str, linear: &LinearSpec, slice: &FusedSlice) -> Result<Tensor> {
+        let (rows, columns) = (linear.rows * slice.parts, linear.columns);
+        let all = match self.is_input_first(name, linear, slice)? {
+            true => self.expert(name, slice, &[columns, rows])?.t()?,
+            false => self.expert(name, slice, &[rows, columns])?,
+        };
+        Ok(part(&all, linear.rows, slice)?)
+    }
+
+    /// A linear as the checkpoint has it, in f32.
+    ///
+    /// # Errors
+    /// It is missing, misshapen or cannot be dequantized.
+    pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
+        let weight = match (&linear.fused, self.fused_name(block, linear)) {
+            (Some(slice), Some(name)) => self.fused_linear(&name, linear, slice)?,
+            _ => {
+                let name = self.weight_name(block, linear);
+                self.expect(&name, &[linear.rows, linear.columns])?;
+                self.load(&name)?
+            }
+        };
+        Ok(Linear {
+            weight,
+            bias: self.bias(block, linear)?,
+        })
+    }
+
+    /// A linear with another, quantized weight, dequantized to f32, and its own bias.
+    ///
+    /// # Errors
+    /// The weight has another shape than config.json asks for.
+    pub fn quantized_linear(
+        &self,
+        block: usize,
+        linear: &LinearSpec,
+        weight: &QuantizedWeight,
+    ) -> Result<Linear> {
+        let shape = (weight.rows, weight.columns);
+        if shape != (linear.rows, linear.columns) {
+            return Err(Error::invalid(
+                self.linear_name(block, linear),
+                format!(
+                    "has shape {shape:?}, config.json asks for {:?}",
+                    (linear.rows, linear.columns)
+                ),
+                "config.json and weights are of different models",
+            ));
+        }
+        Ok(Linear {
+            weight: Tensor::from_vec(weight.dequantize(), shape, &self.device)?,
+            bias: self.bias(block, linear)?,
+        })
+    }
+}
+
+/// The rows of a matrix, in panels of [`PANEL_BYTES`] in f32.
+fn panels(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
+    let height = (PANEL_BYTES / 4 / columns.max(1)).max(1);
+    (0..rows)
+        .step_by(height)
+        .map(move |begin| begin..rows.min(begin + height))
+}
+
+/// The rows of one of the linears that a tensor `[rows * parts, columns]` joins.
+fn part(all: &Tensor, rows: usize, slice: &FusedSlice) -> candle_core::Result<Tensor> {
+    if slice.layout.interleaved && slice.parts > 1 {
+        let (_, columns) = all.dims2()?;
+        let turns = all.contiguous()?.reshape((rows, slice.parts, columns))?;
+        return turns.narrow(1, slice.part, 1)?.squeeze(1)?.contiguous();
+    }
+    all.narrow(0, slice.part * rows, rows)?.contiguous()
+}
+
+fn unreadable(name: &str, dtype: Dtype) -> Error {
+    Error::invalid(
+        name,
+        format!("is {dtype:?}; bf16, f16 and f32 weights can be read"),
+        "if the checkpoint is quantized, its config.json needs the quantization_config",
+    )
+}
+
+/// Copies a tensor out of the memory map, in f32.
+pub(super) fn widen(tensor: &TensorView<'_>, device: &Device) -> Result<Tensor> {
+    let mut values = Vec::with_capacity(tensor.shape.iter().product());
+    widen_onto(&mut values, tensor.name, tensor.dtype, tensor.bytes)?;
+    Ok(Tensor::from_vec(values, tensor.shape, device)?)
+}
+
+/// Appends elements, in f32. `name` is for the error alone.
+fn widen_onto(values: &mut Vec<f32>, name: &str, dtype: Dtype, bytes: &[u8]) -> Result<()> {
+    let begin = values.len();
+    match dtype {
+        Dtype::F32 => values.extend(pod_collect_to_vec::<u8, f32>(bytes)),
+        Dtype::BF16 | Dtype::F16 => {
+            let halves: Vec<u16> = pod_collect_to_vec(bytes);
+            values.resize(begin + halves.len(), 0.0);
+            match dtype {
+                Dtype::BF16 => halves
+                    .reinterpret_cast::<bf16>()
+                    .convert_to_f32_slice(&mut values[begin..]),
+                _ => halves
+                    .reinterpret_cast::<f16>()
+                    .convert_to_f32_slice(&mut values[begin..]),
+            }
+        }
+        other => return Err(unreadable(name, other)),
+    }
+    Ok(())
+}
+
+/// The little-endian bytes of `values`, rounded to `dtype`.
+fn narrow(name: &str, values: &[f32], dtype: Dtype) -> Result<Vec<u8>> {
+    let halves: Vec<u16> = match dtype {
+        Dtype::F32 => return Ok(bytemuck::cast_slice(values).to_vec()),
+        Dtype::BF16 => values
+            .iter()
+            .map(|&value| bf16::from_f32(value).to_bits())
+            .collect(),
+        Dtype::F16 => values
+            .iter()
+            .map(|&value| f16::from_f32(value).to_bits())
+            .collect(),
+        other => return Err(unreadable(name, other)),
+    };
+    if dtype == Dtype::F16
+        && let Some(value) = values.iter().find(|value| !f16::from_f32(**value).is_finite())
+    {
+        return Err(Error::invalid(
+            name,
+            format!("has an element of {value}, which is none in f16"),
+            "let it be quantized, too: remove it from --ignore",
+        ));
+    }
+    Ok(bytemuck::cast_slice(&halves).to_vec())
+}

@@ -1,0 +1,299 @@
+//! Predicted bytes of a run: what each step holds in each of its phases, which steps keep their matrices in scratch files so that the
+//! budget is kept, and what is left for activations.
+
+use super::{CHUNK_ROWS, Plan, PlannedLinear};
+use crate::error::{Error, Result};
+use crate::numerics::panels::{PANEL_ROWS, Shape};
+
+/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
+const BASE_BYTES: u64 = 64 << 20;
+/// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
+const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
+/// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
+/// few, little beside what a mixture of experts needs to run at all.
+const GROUP_BYTES: u64 = 1 << 30;
+
+/// Which graph runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graph {
+    /// Statistics, solve and forward, step by step.
+    Sequential,
+    /// Statistics alone.
+    Statistics {
+        /// Some batches are summed apart.
+        held_out: bool,
+    },
+    /// From an artifact.
+    Solve {
+        /// It has sums apart.
+        held_out: bool,
+    },
+    /// Round to nearest.
+    DataFree,
+}
+
+/// What runs, and over how much.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// The graph.
+    pub graph: Graph,
+    /// Worker threads.
+    pub workers: usize,
+    /// Tokens of the largest batch.
+    pub batch_tokens: usize,
+    /// Tokens of all batches.
+    pub tokens: usize,
+    /// Forward passes side by side.
+    pub streams: usize,
+}
+
+/// How a run fits into its budget.
+#[derive(Clone, Debug, Default)]
+pub struct Fit {
+    /// Predicted peak of resident bytes.
+    pub peak_host_bytes: u64,
+    /// The share of it that activations may take, over all workers.
+    pub resident_activation_bytes: u64,
+    /// Predicted peak of bytes in scratch files.
+    pub scratch_bytes: u64,
+    /// Steps whose matrices lie in scratch files.
+    pub spilled: Vec<bool>,
+}
+
+impl Fit {
+    /// Whether the matrices of `step` lie in scratch files.
+    pub fn is_spilled(&self, step: u64) -> bool {
+        self.spilled.get(step as usize).copied().unwrap_or(false)
+    }
+}
+
+impl Plan {
+    /// Puts as many experts of a mixture in a group as stay within half of the budget `memory`, or within [`GROUP_BYTES`] where there is
+    /// none: the larger the groups, the fewer the passes over the batches. The output is the same for any.
+    pub fn group_experts(&mut self, memory: Option<u64>, load: &Load) {
+        let Some(most) = self.linears.iter().filter_map(PlannedLinear::expert).max() else {
+            return;
+        };
+        self.cut(1);
+        let allowed = memory
+            .map_or(GROUP_BYTES, |memory| memory / 2)
+            .max(self.peak_in_memory(load));
+        let mut experts = most + 1;
+        while experts > 1 {
+            self.cut(experts);
+            if self.peak_in_memory(load) <= allowed {
+                return;
+            }
+            experts = experts.div_ceil(2);
+        }
+        self.cut(1);
+    }
+
+    /// Predicted peak of resident bytes besides activations, with all matrices in memory.
+    fn peak_in_memory(&self, load: &Load) -> u64 {
+        let spilled = vec![false; self.steps.len()];
+        let peaks = (0..self.steps()).map(|step| self.peak(load, step, &spilled));
+        peaks.max().unwrap_or(BASE_BYTES)
+    }
+
+    /// Fits `load` into `memory`, the budget, or else into what the machine has `available`: large matrices go to scratch files where
+    /// they must, and activations have what is left.
+    ///
+    /// # Errors
+    /// The budget holds no step even so.
+    pub fn fit(&self, load: &Load, memory: Option<u64>, available: u64) -> Result<Fit> {
+        let limit = memory.unwrap_or(available);
+        let nothing = vec![false; self.steps.len()];
+        let mut spilled = nothing.clone();
+        let mut smallest = 0;
+        for step in 0..self.steps() {
+            let mut candidates = self.beside(load.graph, step);
+            candidates.sort_by_key(|&step| self.needs(load, step, &nothing).matrices);
+            while self.peak(load, step, &spilled) > limit {
+                match candidates.pop() {
+                    Some(largest) => spilled[largest as usize] = true,
+                    None => break,
+                }
+            }
+            smallest = smallest.max(self.peak(load, step, &spilled));
+        }
+        let fixed = (0..self.steps())
+            .map(|step| self.peak(load, step, &spilled))
+            .max()
+            .unwrap_or(BASE_BYTES);
+        if fixed > limit {
+            let budget = match memory {
+                Some(_) => format!("{limit} bytes do not"),
+                None => format!("the {limit} bytes that are available do not"),
+            };
+            return Err(Error::usage(
+                "--memory",
+                format!(
+                    "{budget} hold one step of this model with {} workers",
+                    load.workers
+                ),
+                format!("the smallest budget that would is {smallest} bytes; fewer --workers need less"),
+            ));
+        }
+        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
+        let resident = memory.map_or(RESIDENT_BYTES_DEFAULT, |budget| budget - fixed);
+        let resident = resident.min(activations);
+        let matrices = |step| {
+            self.beside(load.graph, step)
+                .into_iter()
+                .filter(|&s| spilled[s as usize])
+        };
+        let in_files = |step| {
+            matrices(step)
+                .map(|step| self.needs(load, step, &nothing).matrices)
+                .sum::<u64>()
+        };
+        Ok(Fit {
+            peak_host_bytes: fixed + resident,
+            resident_activation_bytes: resident,
+            scratch_bytes: activations - resident + (0..self.steps()).map(in_files).max().unwrap_or(0),
+            spilled,
+        })
+    }
+
+    /// Predicted peak of resident bytes of a step, activations aside.
+    pub fn step_bytes(&self, load: &Load, fit: &Fit, step: u64) -> u64 {
+        self.peak(load, step, &fit.spilled)
+    }
+
+    /// The steps whose matrices are there at the same time as those of `step`, itself among them.
+    fn beside(&self, graph: Graph, step: u64) -> Vec<u64> {
+        match graph {
+            Graph::Sequential => self.shared_input(step).into_iter().chain([step]).collect(),
+            Graph::Statistics { .. } => vec![step],
+            // The next step is loaded and factored while this one is solved.
+            Graph::Solve { .. } => {
+                let steps = step..(step + 2).min(self.steps());
+                self.shared_input(step).into_iter().chain(steps).collect()
+            }
+            Graph::DataFree => Vec::new(),
+        }
+    }
+
+    /// Predicted peak of resident bytes of a step, activations aside: that of its largest phase.
+    fn peak(&self, load: &Load, step: u64, spilled: &[bool]) -> u64 {
+        let own = self.needs(load, step, spilled);
+        let bytes = match load.graph {
+            Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
+            // Sums that the artifact holds are read, a site at a time.
+            Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
+            Graph::DataFree => own.solve.max(own.install),
+            Graph::Solve { .. } => {
+                let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled).factor);
+                own.solve.max(own.install) + next.unwrap_or(0)
+            }
+        };
+        BASE_BYTES + self.reading_bytes + bytes
+    }
+
+    fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
+        Needs::new(self, load, step, spilled)
+    }
+}
+
+/// Bytes that a step has resident in each of its phases, activations between steps aside.
+struct Needs {
+    /// Exact sums.
+    sums: u64,
+    /// The weights that carry the batches here, a batch a worker on its way, the sums.
+    forward: u64,
+    /// Sums in f64, factors, and what is kept of both.
+    factor: u64,
+    /// Factors, original weights, codes, a chunk a worker.
+    solve: u64,
+    /// Codes, packed tensors, weights as the next forward passes need them.
+    install: u64,
+    /// All matrices of the step at their peak, resident or not.
+    matrices: u64,
+}
+
+impl Needs {
+    fn new(plan: &Plan, load: &Load, step: u64, spilled: &[bool]) -> Self {
+        let recipe = &plan.recipe;
+        let in_files = |step: u64| spilled[step as usize];
+        let (workers, tokens) = (load.workers as u64, load.batch_tokens as u64);
+        let matching = u64::from(load.graph == Graph::Sequential && recipe.match_original > 0.0);
+        let refined = u64::from(recipe.refine_rounds() > 0);
+        let held_out = match load.graph {
+            Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
+            Graph::Sequential | Graph::DataFree => 0,
+        };
+        let linears = plan.step_linears(step);
+        let before = plan.carrying(plan.carriers(step));
+        // Weights that have served no batch yet, of earlier steps.
+        let waiting = match load.graph {
+            Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
+                let next = plan.carriers(step + 1);
+                plan.carrying(next.start..step.max(next.start))
+            }
+            _ => &[],
+        };
+        let weights = |linears: &[PlannedLinear]| -> u64 {
+            linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
+        };
+        let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
+            .map(|linear| (linear.rows * linear.columns) as u64)
+            .sum();
+        let factors = match load.graph {
+            Graph::DataFree => 0,
+            _ => recipe.damp_percent.candidates().len() as u64,
+        };
+        let width = linears.first().map_or(0, |linear| linear.columns);
+        let elements = |shape: Shape, width| (shape.elements(width) * 8) as u64;
+        // What is kept of a site's products while it is solved. Refinement reads whole rows of XᵀX, and so does whoever reads it from files.
+        let whole = |spilled: bool| refined.max(u64::from(spilled)) * factors.min(1);
+        let kept_of = |width: usize, spilled: bool| {
+            let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+            factors * half + whole(spilled) * full + full * matching + half * held_out
+        };
+        let panel_of = |width: usize| (PANEL_ROWS.min(width) * width * 8) as u64;
+        let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
+        let sites = plan.step_sites(step).len() as u64;
+        let summed = if plan.leads(step) { sites } else { 0 };
+        let sums = summed * (half * (1 + held_out) + full * matching);
+        let kept = sites * kept_of(width, in_files(step));
+        let factored = kept + half * u64::from(summed > 0 && whole(in_files(step)) == 0);
+        // The factor of gate and up, between a mixture's first part and its last.
+        let shared = match plan.shared_input(step) {
+            Some(lead) if !matches!(load.graph, Graph::Statistics { .. }) && !in_files(lead) => {
+                kept_of(plan.step_linears(lead)[0].columns, false)
+            }
+            _ => 0,
+        };
+        let held = shared + weights(waiting) * (1 + matching);
+        // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
+        // while the matrix that it copies from is another; the solver one a worker.
+        let panel = panel_of(width);
+        let (of_sums, of_factor, of_solve) = match in_files(step) {
+            true => (workers * panel, 3 * panel, workers * panel),
+            false => (sums, factored, kept),
+        };
+        let width = width as u64;
+        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
+        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
+        // their inputs are there at once, at worst those of all tokens.
+        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
+            None => before.iter().map(|l| l.rows as u64).sum(),
+            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
+        };
+        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
+        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
+            + tokens * width * 4 * matching * sites;
+        // Target, codes, sums to the later columns in f64, outputs and the weights as they came in f32, a panel of the factor in f32;
+        // with the refinement, errors and gradient in the place of the latter.
+        let chunk = CHUNK_ROWS as u64 * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4;
+        Self {
+            sums: of_sums,
+            forward: held + weights(before) * (1 + matching) + workers * batch + of_sums,
+            factor: held + of_factor,
+            solve: held + of_solve + weights(linears) + 2 * codes + workers * chunk,
+            install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
+            matrices: sums.max(factored),
+        }
+    }
+}
