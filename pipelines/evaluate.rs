@@ -12,23 +12,19 @@ use crate::model::{LoadedBlock, Rotary, Source, Tower};
 use crate::numerics::divergence::{Divergence, compare};
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
+use crate::operators::carry::carry;
+use crate::operators::gather::gather;
+use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
 use crate::report::{self, Observer};
 use crate::storage;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use timely::container::CapacityContainerBuilder;
-use timely::dataflow::StreamVec;
-use timely::dataflow::channels::pact::{Exchange, Pipeline};
-use timely::dataflow::operators::core::OkErr;
 use timely::dataflow::operators::vec::ToStream;
-use timely::dataflow::operators::{Capability, Concat, ConnectLoop, Feedback, Operator};
+use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
 
 /// Logits of one model at a time, in f32.
 const LOGITS_BYTES: usize = 32 << 20;
@@ -146,11 +142,7 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     let resident = RESIDENT_BYTES / job.workers;
     run::on_workers(job.workers, halt, move |worker| {
         let folder = std::env::temp_dir();
-        let store = Rc::new(RefCell::new(ActivationStore::new(
-            &folder,
-            resident,
-            Precision::F32,
-        )));
+        let mut store = ActivationStore::new(&folder, resident, Precision::F32);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.batches.len()).collect(),
@@ -160,7 +152,12 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
             let (next, cycle) = scope.feedback(1);
             let positions = windows.to_stream(scope);
             let steps = spread(positions).concat(cycle);
-            let (passed, scored) = blocks(steps, Arc::clone(&shared), store);
+            let halt = Arc::clone(&shared.halt);
+            let (passed, scored) = carry(steps, halt, move |block, position| {
+                let results = step(&shared, &mut store, block, position)?;
+                shared.observer.advance(1);
+                Ok(results)
+            });
             passed.connect_loop(next);
             gather(scored, gathered);
         });
@@ -174,69 +171,6 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     scores.elapsed_seconds = begin.elapsed().as_secs_f64();
     scores.peak_host_bytes = report::peak_host_bytes();
     Ok(scores)
-}
-
-/// Deals the batches over the workers.
-fn spread(positions: StreamVec<'_, u64, usize>) -> StreamVec<'_, u64, usize> {
-    let route = Exchange::new(|position: &usize| *position as u64);
-    positions.unary::<CapacityContainerBuilder<Vec<usize>>, _, _, _>(route, "spread", |_, _| {
-        move |input, output| {
-            input.for_each_stamp(|capability, data| output.session(&capability).give_containers(data))
-        }
-    })
-}
-
-type Passed<'s> = StreamVec<'s, u64, usize>;
-type Scored<'s> = StreamVec<'s, u64, WindowScore>;
-
-/// Carries each batch through the block of its time in both models; after the last, scores it.
-fn blocks<'s>(
-    steps: StreamVec<'s, u64, usize>,
-    shared: Arc<Shared>,
-    store: Rc<RefCell<ActivationStore>>,
-) -> (Passed<'s>, Scored<'s>) {
-    let scope = steps.scope();
-    let results = steps.unary::<CapacityContainerBuilder<Vec<Result<usize, WindowScore>>>, _, _, _>(
-        Pipeline,
-        "block",
-        move |_, info| {
-            let again = scope.worker().activator_for(info.address);
-            let mut queue: VecDeque<(Capability<u64>, usize)> = VecDeque::new();
-            move |input, output| {
-                input.for_each_stamp(|capability, data| {
-                    if let Some(capability) = capability.retain_least(output.output_index()) {
-                        queue.extend(
-                            data.flat_map(|c| c.drain(..))
-                                .map(|position| (capability.clone(), position)),
-                        );
-                    }
-                });
-                // Earlier blocks first, so that at most two blocks' weights are in use.
-                queue
-                    .make_contiguous()
-                    .sort_by_key(|(capability, position)| (*capability.time(), *position));
-                if let Some((capability, position)) = queue.pop_front().filter(|_| !shared.halt.is_raised()) {
-                    match step(
-                        &shared,
-                        &mut store.borrow_mut(),
-                        *capability.time() as usize,
-                        position,
-                    ) {
-                        Ok(results) => output.session(&capability).give_iterator(results.into_iter()),
-                        Err(error) => {
-                            shared.halt.raise(error);
-                            queue.clear();
-                        }
-                    }
-                    shared.observer.advance(1);
-                }
-                if !queue.is_empty() {
-                    again.activate();
-                }
-            }
-        },
-    );
-    results.ok_err(|result| result)
 }
 
 fn step(
@@ -308,17 +242,6 @@ fn score(
         });
     }
     Ok(windows)
-}
-
-fn gather(scored: Scored<'_>, scores: Arc<Mutex<Vec<WindowScore>>>) {
-    let to_first = Exchange::new(|_: &WindowScore| 0);
-    scored.sink(to_first, "gather", move |(input, _)| {
-        input.for_each_stamp(|_, data| {
-            if let Ok(mut scores) = scores.lock() {
-                data.for_each(|container| scores.append(container));
-            }
-        });
-    });
 }
 
 /// Sums in the order of the windows, so that the result does not depend on the number of workers.

@@ -1,11 +1,15 @@
 //! One file a dataflow graph, each drawn on top and readable as a chain of named operators.
 
+pub mod allocate;
 pub mod data_free;
 pub mod evaluate;
+pub mod predict;
 pub mod quantize;
 pub mod resolve;
 pub mod run;
+pub mod sensitivity;
 pub mod sequential;
 pub mod solve;
 pub mod statistics;
+pub mod sweep;
 pub mod verify;

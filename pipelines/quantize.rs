@@ -319,6 +319,19 @@ pub fn independent(
     observer: &Arc<dyn Observer>,
     halt: &Arc<Halt>,
 ) -> Result<Summary> {
+    quantize(&collected(job, documents, observer, halt)?, observer, halt)
+}
+
+/// `job` with statistics of the original model over `documents`, which lie in the output's work folder.
+///
+/// # Errors
+/// As [`quantize`]; what is finished stays, and the same job continues there.
+pub fn collected(
+    job: &Job,
+    documents: Documents,
+    observer: &Arc<dyn Observer>,
+    halt: &Arc<Halt>,
+) -> Result<Job> {
     prepare_folder(job)?;
     let folder = job.output.join(WORK_FOLDER).join("statistics");
     let usage = documents.usage.clone();
@@ -354,7 +367,7 @@ pub fn independent(
             "repeat its command to continue it, or pass --fresh to forget it",
         ));
     }
-    let solve = Job {
+    Ok(Job {
         calibration: Calibration {
             batches: Vec::new(),
             usage,
@@ -362,12 +375,11 @@ pub fn independent(
         statistics: Some(Arc::new(artifact)),
         fresh: false,
         ..job.clone()
-    };
-    quantize(&solve, observer, halt)
+    })
 }
 
-/// Refuses a folder that holds something else; forgets what `fresh` says.
-fn prepare_folder(job: &Job) -> Result<()> {
+/// Makes the output's folder, or refuses one that holds something else.
+pub(super) fn expect_own_folder(job: &Job) -> Result<()> {
     let output = &job.output;
     if job.model.canonicalize().ok() == output.canonicalize().ok() && output.exists() {
         return Err(Error::usage(
@@ -379,16 +391,24 @@ fn prepare_folder(job: &Job) -> Result<()> {
     if !output.exists() {
         return storage::create_folder(output);
     }
-    let mut entries = std::fs::read_dir(output).context("list", output)?.peekable();
+    let mut entries = std::fs::read_dir(output).context("list", output)?;
     let ours = output.join(WORK_FOLDER).is_dir() || output.join(PROVENANCE).is_file();
-    if entries.peek().is_some() && !ours {
-        return Err(Error::invalid(
+    match entries.next().is_some() && !ours {
+        false => Ok(()),
+        true => Err(Error::invalid(
             output.display().to_string(),
             "is not empty and not an output of quantflow",
             "choose a new or empty folder",
-        ));
+        )),
     }
-    let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).is_dir();
+}
+
+/// Refuses a folder that holds something else; forgets what `fresh` says.
+fn prepare_folder(job: &Job) -> Result<()> {
+    let output = &job.output;
+    expect_own_folder(job)?;
+    // An unfinished run has begun its ledger.
+    let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).join("ledger").is_file();
     if (finished || resolve::is_under_way(output)) && !job.fresh {
         return Err(Error::invalid(
             output.display().to_string(),
@@ -397,7 +417,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
         ));
     }
     if job.fresh {
-        for entry in entries {
+        for entry in std::fs::read_dir(output).context("list", output)? {
             storage::remove(&entry.context("list", output)?.path())?;
         }
     }

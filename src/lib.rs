@@ -2,6 +2,7 @@
 //! See `ARCHITECTURE.md` for the graph and the laws; imports go one way:
 //! numerics, formats, checkpoint ← model, statistics ← operators ← pipelines ← cli.
 
+pub mod allocation;
 pub mod artifact;
 pub mod calibration;
 pub mod checkpoint;

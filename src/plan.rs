@@ -411,13 +411,13 @@ fn patterns(flag: &str, patterns: &[String]) -> Result<RegexSet> {
 }
 
 /// The recipe as each linear has it.
-struct Schemes<'a> {
+pub(crate) struct Schemes<'a> {
     recipe: &'a Recipe,
     targets: Vec<(RegexSet, &'a Scheme)>,
 }
 
 impl<'a> Schemes<'a> {
-    fn new(recipe: &'a Recipe) -> Result<Self> {
+    pub(crate) fn new(recipe: &'a Recipe) -> Result<Self> {
         let targets = recipe.schemes.iter().map(|scheme| {
             if scheme.targets.is_empty() {
                 return Err(Error::usage(
@@ -434,7 +434,7 @@ impl<'a> Schemes<'a> {
         })
     }
 
-    fn find(&self, name: &str) -> Option<&'a Scheme> {
+    pub(crate) fn find(&self, name: &str) -> Option<&'a Scheme> {
         let mut targets = self.targets.iter();
         targets
             .find(|(targets, _)| targets.is_match(name))

@@ -157,6 +157,14 @@ impl Recipe {
         Self::parse(name, &text)
     }
 
+    /// As a `.toml` file, which [`Self::find`] reads.
+    ///
+    /// # Errors
+    /// A value that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| Error::invalid("recipe", error.to_string(), ""))
+    }
+
     fn parse(name: &str, text: &str) -> Result<Self> {
         toml::from_str(text).map_err(|error| {
             Error::invalid(

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Modules in layers: a module may import from its own layer's earlier lines and from the layers before.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["error"],
     &["storage"],
     &["memory"],
@@ -12,6 +12,7 @@ const LAYERS: [&[&str]; 11] = [
     &["checkpoint", "ledger"],
     &["model", "statistics", "calibration", "recipe"],
     &["plan", "artifact"],
+    &["allocation"],
     &["operators"],
     &["pipelines"],
     &["cli"],

@@ -1,5 +1,6 @@
 //! The one integration binary: each file here is a module of it, and uses the public API only.
 
+mod allocation;
 mod calibration;
 mod checkpoint;
 mod families;

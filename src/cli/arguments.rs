@@ -38,6 +38,10 @@ pub(super) enum Command {
     ///
     /// Example: quantflow solve ./Qwen3-8B --statistics ./statistics -o ./Qwen3-8B-W3 --bits 3
     Solve(SolveArguments),
+    /// Solve several bit widths and group sizes from one artifact, and print a table of size and quality
+    ///
+    /// Example: quantflow sweep ./Qwen3-8B --statistics ./statistics --bits 4,3 --group-size 64,128 --text held-out.txt
+    Sweep(SweepArguments),
     /// Compare a quantized checkpoint with its original on text: perplexity, KL, top-1 agreement
     Evaluate(EvaluateArguments),
     /// Read an output back: every tensor accounted for, copies byte-identical, digest as recorded
@@ -127,6 +131,19 @@ pub(super) struct SchemeArguments {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct AllocationArguments {
+    /// Choose each linear's bits from 2, 3, 4 and 8: at most so many code bits a weight on average (scales not counted), least KL
+    #[arg(long, value_name = "F", conflicts_with = "bits", help_heading = "Scheme")]
+    pub average_bits: Option<f64>,
+    /// With --average-bits: quantflow_sensitivity.json of an earlier output, instead of measuring anew
+    #[arg(long, value_name = "FILE", requires = "average_bits", help_heading = "Scheme")]
+    pub sensitivity: Option<PathBuf>,
+    /// With --average-bits: windows to measure on, evenly spaced over those given
+    #[arg(long, default_value_t = 4, value_name = "N", help_heading = "Scheme")]
+    pub windows: usize,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct ResourceArguments {
     /// Resident memory to stay within: 2GiB, …
     #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "Resources")]
@@ -192,6 +209,8 @@ pub(super) struct QuantizeArguments {
     #[arg(long, help_heading = "Calibration")]
     pub all_experts: bool,
     #[command(flatten)]
+    pub allocation: AllocationArguments,
+    #[command(flatten)]
     pub resources: ResourceArguments,
     #[command(flatten)]
     pub finish: FinishArguments,
@@ -210,9 +229,76 @@ pub(super) struct SolveArguments {
     #[command(flatten)]
     pub scheme: SchemeArguments,
     #[command(flatten)]
+    pub allocation: AllocationArguments,
+    /// With --average-bits: text to measure on, any calibration format
+    #[arg(long, value_name = "FILE", requires = "average_bits", help_heading = "Scheme")]
+    pub text: Option<PathBuf>,
+    /// With --average-bits: token ids to measure on, int32 or int64 [windows, length]
+    #[arg(long, value_name = "FILE.npy", requires = "average_bits", conflicts_with_all = ["text", "sensitivity"], help_heading = "Scheme")]
+    pub tokens: Option<PathBuf>,
+    /// Tokens of a window of --text
+    #[arg(long, default_value_t = 512, value_name = "TOKENS", help_heading = "Scheme")]
+    pub length: usize,
+    #[command(flatten)]
     pub resources: ResourceArguments,
     #[command(flatten)]
     pub finish: FinishArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SweepArguments {
+    /// Checkpoint directory that the statistics are of
+    pub model: PathBuf,
+    /// The artifact: see `quantflow statistics`
+    #[arg(long, value_name = "DIR")]
+    pub statistics: PathBuf,
+    /// Bit widths to try
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 3, 2], value_name = "N,…", help_heading = "Scheme")]
+    pub bits: Vec<u32>,
+    /// Group sizes to try with each; 0 or -1: one scale a row
+    #[arg(long, value_delimiter = ',', default_values_t = [32, 64, 128], value_name = "N,…", allow_negative_numbers = true, value_parser = group_size, help_heading = "Scheme")]
+    pub group_size: Vec<usize>,
+    /// What else the schemes have: a shipped recipe, or a .toml file; its bits and group size do not count
+    #[arg(
+        long,
+        default_value = "w4a16",
+        value_name = "NAME|FILE",
+        help_heading = "Scheme"
+    )]
+    pub recipe: String,
+    /// Where a group size does not divide a width, use its largest divisor that fits
+    #[arg(long, help_heading = "Scheme")]
+    pub group_fallback: bool,
+    /// Keep the quantized checkpoints here, a folder each; default: they are removed
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Text to compare each with the original on: any calibration format
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    pub text: Option<PathBuf>,
+    /// Exactly these token ids: int32 or int64 [windows, length]
+    #[arg(
+        long,
+        value_name = "FILE.npy",
+        conflicts_with = "text",
+        help_heading = "Evaluation"
+    )]
+    pub tokens: Option<PathBuf>,
+    /// Tokens of a window of --text
+    #[arg(
+        long,
+        default_value_t = 512,
+        value_name = "TOKENS",
+        help_heading = "Evaluation"
+    )]
+    pub length: usize,
+    /// Only the first N windows
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    pub windows: Option<usize>,
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -4,22 +4,28 @@ use super::arguments::{EvaluateArguments, LogitsArguments, workers};
 use super::quantize::vocab_size;
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
-use crate::calibration;
-use crate::error::Result;
+use crate::calibration::{self, Calibration};
+use crate::error::{Error, Result};
 use crate::operators::Halt;
 use crate::pipelines::evaluate::{Evaluation, evaluate, write_logits};
+use std::path::Path;
 use std::sync::Arc;
 
-pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Outcome> {
-    let vocab_size = vocab_size(&arguments.reference)?;
-    let mut windows = match (&arguments.tokens, &arguments.text) {
+/// The windows that `--tokens` or `--text` names, at most `count` from the first; `None` where neither is given.
+pub(super) fn windows(
+    model: &Path,
+    tokens: Option<&Path>,
+    text: Option<&Path>,
+    length: usize,
+    count: Option<usize>,
+) -> Result<Option<Calibration>> {
+    let vocab_size = vocab_size(model)?;
+    let mut windows = match (tokens, text) {
         (Some(file), _) => calibration::from_npy(file, vocab_size)?,
-        (None, Some(file)) => {
-            calibration::read_texts(file, &arguments.reference, arguments.length, vocab_size)?
-        }
-        (None, None) => unreachable!("clap requires one of them"),
+        (None, Some(file)) => calibration::read_texts(file, model, length, vocab_size)?,
+        (None, None) => return Ok(None),
     };
-    if let Some(count) = arguments.windows {
+    if let Some(count) = count {
         let length = windows.length_max().max(1);
         let mut tokens: Vec<u32> = windows
             .batches
@@ -29,6 +35,20 @@ pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Out
         tokens.truncate(count * length);
         windows.batches = calibration::batches(&tokens, length);
     }
+    Ok(Some(windows))
+}
+
+pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Outcome> {
+    let (tokens, text) = (arguments.tokens.as_deref(), arguments.text.as_deref());
+    let windows = windows(
+        &arguments.reference,
+        tokens,
+        text,
+        arguments.length,
+        arguments.windows,
+    )?;
+    let windows = windows
+        .ok_or_else(|| Error::usage("--text", "is missing", "name a text file, or --tokens FILE.npy"))?;
     let job = Evaluation {
         model: arguments.model.clone(),
         reference: arguments.reference.clone(),

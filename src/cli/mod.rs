@@ -2,6 +2,7 @@
 //! stderr, results to stdout. Exit codes: 0 fine, 1 failed, 2 usage, 3 finished with warnings under `--strict`.
 #![allow(clippy::print_stdout)] // results go to stdout
 
+mod allocation;
 mod arguments;
 mod demo;
 mod evaluate;
@@ -10,6 +11,7 @@ mod plan;
 mod progress;
 mod quantize;
 mod statistics;
+mod sweep;
 mod text;
 
 use crate::error::{Error, Result};
@@ -81,6 +83,7 @@ fn run(cli: Cli) -> Result<Outcome> {
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Statistics(command) => statistics::run(&command, &halt),
         Command::Solve(arguments) => quantize::solve(&arguments, &halt),
+        Command::Sweep(arguments) => sweep::run(&arguments, &halt),
         Command::Evaluate(arguments) => evaluate::run(&arguments, &halt),
         Command::Verify(arguments) => inspect::verify(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),

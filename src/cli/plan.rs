@@ -4,7 +4,7 @@ use super::arguments::QuantizeArguments;
 use super::quantize::job;
 use super::text::{bytes, ranges, seconds};
 use super::{Outcome, print_json};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::Reader;
 use crate::model::{SiteKind, Tower};
 use crate::numerics::speed::Speed;
@@ -24,6 +24,13 @@ struct Site {
 }
 
 pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
+    if arguments.allocation.average_bits.is_some() {
+        return Err(Error::usage(
+            "--average-bits",
+            "is decided by measurements, and plan runs nothing",
+            "solve with it once; then: quantflow plan MODEL --recipe OUT/quantflow_recipe.toml",
+        ));
+    }
     let job = job(arguments)?;
     let (tower, plan) = job.plan()?;
     let fit = job.fit(&plan)?;

@@ -3,14 +3,15 @@
 use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
 use super::statistics::documents;
 use super::text::{bytes, seconds};
-use super::{Outcome, print_json, progress};
+use super::{Outcome, allocation, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::families;
 use crate::operators::Halt;
-use crate::pipelines::quantize::{Job, Summary, independent, quantize};
+use crate::pipelines::allocate::{self, Allocation};
+use crate::pipelines::quantize::{Job, Summary, collected, quantize};
 use crate::pipelines::resolve;
 use crate::recipe::Method;
 use std::path::Path;
@@ -25,17 +26,24 @@ pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Out
         ));
     }
     let observer = progress::observer(!arguments.finish.json);
+    let wanted = allocation::while_quantizing(arguments)?;
     let job = job(arguments)?;
     print_notes(&job.calibration.usage);
-    let summary = match arguments.collects() {
-        true => {
-            let documents = documents(&arguments.calibration, &arguments.model)?;
-            print_notes(&documents.usage);
-            independent(&job, documents, &observer, halt)?
+    if !arguments.collects() {
+        let summary = quantize(&job, &observer, halt)?;
+        return tell(&job, &summary, None, &arguments.finish);
+    }
+    let documents = documents(&arguments.calibration, &arguments.model)?;
+    print_notes(&documents.usage);
+    let job = collected(&job, documents, &observer, halt)?;
+    let (summary, chosen) = match wanted {
+        Some(wanted) => {
+            let (summary, chosen) = allocate::solve(&job, &wanted, &observer, halt)?;
+            (summary, Some(chosen))
         }
-        false => quantize(&job, &observer, halt)?,
+        None => (quantize(&job, &observer, halt)?, None),
     };
-    tell(&job, &summary, &arguments.finish)
+    tell(&job, &summary, chosen.as_ref(), &arguments.finish)
 }
 
 /// What the user should know of the calibration before the work begins.
@@ -43,11 +51,24 @@ pub(super) fn print_notes(usage: &Usage) {
     usage.notes.iter().for_each(|note| eprintln!("note: {note}"));
 }
 
-fn tell(job: &Job, summary: &Summary, flags: &FinishArguments) -> Result<Outcome> {
-    if flags.json {
-        print_json(summary)?;
-    } else {
-        print_summary(job, summary);
+fn tell(
+    job: &Job,
+    summary: &Summary,
+    chosen: Option<&Allocation>,
+    flags: &FinishArguments,
+) -> Result<Outcome> {
+    match (flags.json, chosen) {
+        (true, None) => print_json(summary)?,
+        (true, Some(chosen)) => print_json(&allocation::Told {
+            summary,
+            allocation: chosen,
+        })?,
+        (false, chosen) => {
+            if let Some(chosen) = chosen {
+                allocation::print(chosen);
+            }
+            print_summary(job, summary);
+        }
     }
     Ok(if summary.fallbacks > 0 && !flags.no_strict {
         Outcome::Warnings
@@ -86,11 +107,18 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
         fresh: arguments.finish.fresh,
         ..Job::new(model, output, arguments.resolve()?)
     };
-    let summary = resolve::solve(&job, &progress::observer(!arguments.finish.json), halt)?;
-    tell(&job, &summary, &arguments.finish)
+    let observer = progress::observer(!arguments.finish.json);
+    let (summary, chosen) = match allocation::while_solving(arguments)? {
+        Some(wanted) => {
+            let (summary, chosen) = allocate::solve(&job, &wanted, &observer, halt)?;
+            (summary, Some(chosen))
+        }
+        None => (resolve::solve(&job, &observer, halt)?, None),
+    };
+    tell(&job, &summary, chosen.as_ref(), &arguments.finish)
 }
 
-fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {
+pub(super) fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {
     let vocab_size = vocab_size(model)?;
     match &arguments.calibration_tokens {
         Some(file) => calibration::from_npy(file, vocab_size),

@@ -2,6 +2,7 @@
 //! feeds the block from a checkpoint, dequantized where it is quantized. Knows neither how codes are chosen nor timely.
 
 pub mod block;
+mod coded;
 pub mod families;
 pub mod mixture;
 pub mod mla;
@@ -14,8 +15,8 @@ mod tower;
 mod weights;
 
 pub use block::{Block, Linear, Norms};
+pub use coded::Coded;
 pub use rotary::Rotary;
 pub use sites::{LinearSpec, SiteKind};
 pub use source::{LoadedBlock, Source};
 pub use tower::Tower;
-pub use weights::Coded;

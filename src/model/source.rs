@@ -65,10 +65,18 @@ impl Source {
     /// # Errors
     /// As [`Tower::linear`].
     pub fn forward(&self, loaded: &LoadedBlock, residual: &Tensor, length: usize) -> Result<Tensor> {
-        let linear = |spec: &LinearSpec| match loaded.linears.get(&spec.name) {
-            Some(linear) => Ok(linear.clone()),
-            None => self.tower.linear(loaded.index, spec),
-        };
+        let linear = |spec: &LinearSpec| self.linear_of(loaded, spec);
         loaded.block.forward(residual, length, &linear)
+    }
+
+    /// A linear of a loaded block; a routed expert's is read.
+    ///
+    /// # Errors
+    /// As [`Tower::linear`].
+    pub fn linear_of(&self, loaded: &LoadedBlock, linear: &LinearSpec) -> Result<Linear> {
+        match loaded.linears.get(&linear.name) {
+            Some(linear) => Ok(linear.clone()),
+            None => self.tower.linear(loaded.index, linear),
+        }
     }
 }

@@ -76,7 +76,15 @@ impl Tower {
     /// Shapes of everything that a run will read, so that a bad tensor is an error now and not an hour later.
     fn check(&self) -> Result<()> {
         let hidden = self.spec.hidden_size;
-        self.expect(&self.embedding_name(), &[self.spec.vocab_size, hidden])?;
+        let embedding = self.embedding_name();
+        if self.reader_of(&embedding).is_some() {
+            return Err(Error::invalid(
+                embedding,
+                "is quantized; embeddings can be read where they are plain",
+                "start from the original checkpoint",
+            ));
+        }
+        self.expect(&embedding, &[self.spec.vocab_size, hidden])?;
         self.expect(&self.head_name(), &[self.spec.vocab_size, hidden])?;
         self.expect(&format!("{}norm.weight", self.names.tower), &[hidden])?;
         let spec = &self.spec.block;

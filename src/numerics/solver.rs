@@ -248,7 +248,7 @@ fn feed(later: &mut [f64], r: &[f64], errors: &[f64]) {
 }
 
 /// `[rows, columns]` f32 → `[columns, rows]` f64
-fn transposed(weights: &[f32], columns: usize) -> Vec<f64> {
+pub(super) fn transposed(weights: &[f32], columns: usize) -> Vec<f64> {
     let rows = weights.len() / columns;
     let mut out = vec![0.0; weights.len()];
     for (row, values) in weights.chunks_exact(columns).enumerate() {

@@ -3,11 +3,14 @@
 
 pub mod accumulate;
 pub mod activations;
+pub mod carry;
+pub mod chunks;
 pub mod commit;
 pub mod embed;
 pub mod experts;
 pub mod factor;
 pub mod forward;
+pub mod gather;
 pub mod groups;
 pub mod install;
 pub mod keep;
@@ -16,8 +19,10 @@ pub mod load;
 pub mod local;
 mod mixture;
 pub mod pack;
+pub mod predict;
 pub mod records;
 pub mod solve;
+pub mod spread;
 pub mod stages;
 mod step_end;
 

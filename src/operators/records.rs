@@ -98,6 +98,17 @@ pub struct FactorFacts {
     pub dead: usize,
 }
 
+/// What some rows of a linear would lose.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PredictedChunk {
+    /// Position in the plan.
+    pub linear: usize,
+    /// Position of the chunk within the linear.
+    pub chunk: usize,
+    /// One a width, in the order that was asked for.
+    pub losses: Vec<f64>,
+}
+
 /// A whole linear, in the output's layout.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PackedLinear {

@@ -1,5 +1,6 @@
-//! `solve`: chooses codes. A step's rows are cut into chunks of fixed size, dealt over the workers; one chunk an activation.
+//! `solve`: chooses codes, chunk by chunk.
 
+use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
 use super::records::{FactorFacts, Factored, SolvedChunk};
 use crate::error::Result;
@@ -9,63 +10,25 @@ use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use crate::plan::CHUNK_ROWS;
 use crate::report::thread_cpu;
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
-use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
-use timely::dataflow::channels::pact::Pipeline;
-use timely::dataflow::operators::{Capability, Operator};
 
-/// The chunks of each step's linears that fall to this worker, a site's as soon as its factor is there.
+/// The chunks of each step's linears that fall to this worker.
 pub fn solve<'scope>(
     factors: StreamVec<'scope, u64, Factored>,
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, SolvedChunk> {
-    let scope = factors.scope();
-    factors.unary::<CapacityContainerBuilder<Vec<SolvedChunk>>, _, _, _>(Pipeline, "solve", move |_, info| {
-        let again = scope.worker().activator_for(info.address);
-        let mut queue: VecDeque<(Capability<u64>, usize, usize, Factored)> = VecDeque::new();
-        move |input, output| {
-            input.for_each_stamp(|capability, data| {
-                let Some(capability) = capability.retain_least(output.output_index()) else {
-                    return;
-                };
-                for factored in data.flat_map(|container| container.drain(..)) {
-                    let linears = local.shared.plan.step_linears(*capability.time());
-                    let chunks = linears.iter().flat_map(|linear| {
-                        (0..linear.rows.div_ceil(CHUNK_ROWS)).map(move |chunk| (linear, chunk))
-                    });
-                    let own = chunks.enumerate().filter(|(i, (linear, _))| {
-                        i % local.peers == local.index && factored.site.is_none_or(|site| site == linear.site)
-                    });
-                    queue.extend(own.map(|(_, (linear, chunk))| {
-                        (capability.clone(), linear.index, chunk, factored.clone())
-                    }));
-                }
-            });
-            if let Some((capability, linear, chunk, factored)) = queue.pop_front() {
-                match local.run("solve", || {
-                    solve_chunk(&local, *capability.time(), linear, chunk, &factored)
-                }) {
-                    Some(solved) => output.session(&capability).give(solved),
-                    None => queue.clear(),
-                }
-                if !queue.is_empty() {
-                    again.activate();
-                }
-            }
-        }
-    })
+    by_chunk(factors, "solve", local, solve_chunk)
 }
 
-fn solve_chunk(
-    local: &Local,
-    step: u64,
-    linear: usize,
-    chunk: usize,
-    factored: &Factored,
-) -> Result<SolvedChunk> {
+fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
+    let Chunk {
+        step,
+        linear,
+        chunk,
+        factored,
+    } = given;
     let begin = thread_cpu();
     let shared = &local.shared;
     let planned = &shared.plan.linears[linear];
@@ -87,7 +50,7 @@ fn solve_chunk(
             };
             match factored.factors.is_empty() {
                 true => Some((round_to_nearest(&weights, planned.columns, grid), None, None)),
-                false => best(&weights, factored, grid, options),
+                false => best(&weights, &factored, grid, options),
             }
         }
     };

@@ -1,5 +1,7 @@
 //! Slow, obvious textbook versions of what the library does fast, in f64.
 
+use quantflow::numerics::Grid;
+
 /// GPTQ as in the paper: Cholesky of the inverse Hessian, column by column, the remaining weights updated at once.
 ///
 /// `weights` is `[rows, width]`; `hessian` is the damped H; columns go in `order`; `scale` and `zero` give each row and column its grid.
@@ -89,4 +91,54 @@ pub(crate) fn loss(errors: &[f64], hessian: &[f64], n: usize) -> f64 {
                 .sum::<f64>()
         })
         .sum()
+}
+
+/// Σ importance (w − Q(w))² on the best of 40 shrunk min–max scales for each row and group, row by row.
+pub(crate) fn predicted_loss(weights: &[f32], importance: &[f64], grid: Grid) -> f64 {
+    let steps = f64::from(grid.max_code());
+    let mut total = 0.0;
+    for row in weights.chunks_exact(importance.len()) {
+        for (row, importance) in row
+            .chunks(grid.group_size)
+            .zip(importance.chunks(grid.group_size))
+        {
+            let row: Vec<f64> = row.iter().map(|&w| f64::from(w)).collect();
+            let (mut low, mut high) = row
+                .iter()
+                .fold((0f64, 0f64), |(low, high), &w| (low.min(w), high.max(w)));
+            if grid.symmetric {
+                high = high.max(-low);
+                low = -high;
+            }
+            let error = |step: usize| -> f64 {
+                let shrink = 1.0 - 0.65 * step as f64 / 39.0;
+                let scale = grid.scale_dtype.round((high - low) * shrink / steps);
+                let zero = match grid.symmetric {
+                    true => f64::from(grid.symmetric_zero()),
+                    false => (-low * shrink / scale).round_ties_even().clamp(0.0, steps),
+                };
+                let miss =
+                    |w: f64| w - ((w / scale + zero).round_ties_even().clamp(0.0, steps) - zero) * scale;
+                row.iter()
+                    .zip(importance)
+                    .map(|(&w, i)| i * miss(w).powi(2))
+                    .sum()
+            };
+            total += (0..40).map(error).fold(f64::INFINITY, f64::min);
+        }
+    }
+    total
+}
+
+/// KL(p ‖ q) of two rows of logits.
+pub(crate) fn kl(p: &[f32], q: &[f32]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let top = logits
+            .iter()
+            .fold(f64::NEG_INFINITY, |top, &v| top.max(f64::from(v)));
+        let sum: f64 = logits.iter().map(|&v| (f64::from(v) - top).exp()).sum();
+        logits.iter().map(|&v| f64::from(v) - top - sum.ln()).collect()
+    };
+    let (p, q) = (log_softmax(p), log_softmax(q));
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
 }

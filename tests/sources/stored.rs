@@ -250,6 +250,13 @@ impl Kind {
             _ => "_scale",
         };
         checkpoint.tensors.insert(format!("{name}{ending}"), scale);
+        if self == Self::Tensor
+            && let Some(linear) = name.strip_suffix(".weight")
+        {
+            // Of its quantized activations.
+            let input = Tensor::f32(&[], &[0.5]);
+            checkpoint.tensors.insert(format!("{linear}.input_scale"), input);
+        }
         let shape = tensor.shape;
         checkpoint
             .tensors

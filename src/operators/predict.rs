@@ -1,0 +1,59 @@
+//! `predict`: what each linear would lose at each of some bit widths, without solving it, chunk by chunk.
+
+use super::chunks::{Chunk, by_chunk};
+use super::local::Local;
+use super::records::{Factored, PredictedChunk};
+use crate::error::{Error, Result};
+use crate::numerics::Grid;
+use crate::numerics::predict::predicted_loss;
+use crate::plan::CHUNK_ROWS;
+use std::rc::Rc;
+use timely::dataflow::StreamVec;
+
+/// The chunks of each step's linears that fall to this worker, at `widths` bits.
+pub fn predict<'scope>(
+    factors: StreamVec<'scope, u64, Factored>,
+    local: Rc<Local>,
+    widths: Vec<u32>,
+) -> StreamVec<'scope, u64, PredictedChunk> {
+    by_chunk(factors, "predict", local, move |local, chunk| {
+        let predicted = predict_chunk(local, chunk, &widths)?;
+        local.shared.observer.advance(1);
+        Ok(predicted)
+    })
+}
+
+fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<PredictedChunk> {
+    let Chunk {
+        step, linear, chunk, ..
+    } = given;
+    let shared = &local.shared;
+    let planned = &shared.plan.linears[linear];
+    // A linear that is left alone loses nothing.
+    let Some(grid) = planned.to_solve() else {
+        let losses = vec![0.0; widths.len()];
+        return Ok(PredictedChunk {
+            linear,
+            chunk,
+            losses,
+        });
+    };
+    let Some(factor) = given.factored.factors.first() else {
+        return Err(Error::Worker(format!("{} has no factor", planned.name)));
+    };
+    let first = chunk * CHUNK_ROWS;
+    let rows = CHUNK_ROWS.min(planned.rows - first);
+    let originals = shared.stages.original(step, &shared.plan, &shared.tower)?;
+    let weights = originals[planned.slot]
+        .weight
+        .narrow(0, first, rows)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    let importance = factor.importance();
+    let loss = |&bits: &u32| predicted_loss(&weights, &importance, Grid { bits, ..grid });
+    Ok(PredictedChunk {
+        linear,
+        chunk,
+        losses: widths.iter().map(loss).collect(),
+    })
+}
