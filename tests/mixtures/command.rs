@@ -38,12 +38,7 @@ fn command(verb: &str, tokens: &Path, output: &Path) -> Command {
 fn too_few_tokens_are_a_warning_in_the_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    for (windows, flags, code) in [
-        (1, "", 3),
-        (1, "--no-strict", 0),
-        (1, "--all-experts", 0),
-        (64, "", 0),
-    ] {
+    for (windows, flags, code) in [(1, "", 3), (1, "--no-strict", 0), (8, "--all-experts", 0)] {
         let mut command = command("quantize", &tokens(folder.path(), windows), &at("out"));
         let result = command.args(flags.split_whitespace()).output().unwrap();
         let text = String::from_utf8_lossy(&result.stderr);
@@ -70,7 +65,7 @@ fn a_killed_run_continues_to_the_same_bytes() {
             .arg("-o")
             .arg(at(name));
         command.arg("--calibration-tokens").arg(&tokens);
-        command.args("--bits 8 --group-size 0 --json".split(' '));
+        command.args("--bits 8 --group-size 0 --json --no-strict".split(' '));
         command.stdout(Stdio::null()).stderr(Stdio::null());
         command
     };
