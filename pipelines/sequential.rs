@@ -3,7 +3,7 @@
 //! ```text
 //! batches ──exchange──►   embed (replays what is done)
 //!                             │ Go
-//!   ┌──── time = step = block * 4 + site ────────────────────────────────────┐
+//!   ┌──── time = step, a position in the plan ───────────────────────────────┐
 //!   │                         ▼                                              │
 //!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─┐    │
 //!   │  │                                      sums, on the block's owner │    │

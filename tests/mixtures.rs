@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods)] // made-up checkpoints are the point
 
+mod command;
 mod gptq;
 mod statistics;
 
@@ -13,7 +14,7 @@ use quantflow::operators::Halt;
 use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate, write_logits};
 use quantflow::pipelines::quantize::{Job, REPORT, Summary, quantize};
 use quantflow::pipelines::verify::verify;
-use quantflow::recipe::{Method, Recipe};
+use quantflow::recipe::{Method, Recipe, Scheme};
 use quantflow::report::{Observer, Row, Silent};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -67,6 +68,31 @@ fn read_rows(output: &Path) -> Vec<Row> {
     let report = std::fs::read_to_string(output.join(REPORT)).unwrap();
     let lines = report.lines();
     lines.map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// 4 bits a row, but 8 where a width does not hold whole words of 4-bit codes; gpt-oss without its experts.
+fn recipe(name: &str, match_original: f64) -> Recipe {
+    let uneven = match name {
+        "mixtral" => Some(r"experts\..*w2$"),
+        "qwen3_vl_moe" => Some(r"experts\..*down_proj$"),
+        "deepseek_v2" | "deepseek_v3" | "deepseek_v3_fp8" | "deepseek_v3_w4" => Some("q_b_proj$"),
+        _ => None,
+    };
+    let eight = |target: &str| Scheme {
+        targets: vec![target.into()],
+        bits: Some(8),
+        ..Scheme::default()
+    };
+    Recipe {
+        group_size: 0,
+        match_original,
+        ignore: (name == "gpt_oss")
+            .then(|| r"mlp\.experts".into())
+            .into_iter()
+            .collect(),
+        schemes: uneven.map(eight).into_iter().collect(),
+        ..Recipe::default()
+    }
 }
 
 /// Round to nearest, 8 bits, one scale a row.

@@ -51,7 +51,7 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears, "sites": sites,
             "plan_peak_host_bytes": fit.peak_host_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
-            "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled, "seconds": total,
+            "experts_per_step": plan.experts_per_step(), "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled, "seconds": total,
             "source_quantization": tower.reader().map(Reader::describe),
             "dequantized": plan.dequantized.iter().map(|coded| &coded.spec.name).collect::<Vec<_>>(),
             "output_bytes": output, "calibration_tokens": job.calibration.usage.tokens_used,
@@ -86,6 +86,13 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
             }
         );
     }
+    if let Some(mixture) = &tower.spec.block.mixture {
+        println!(
+            "experts       {} a layer, {} at a time",
+            mixture.routing.experts,
+            plan.experts_per_step()
+        );
+    }
     println!("calibration   {} tokens", job.calibration.usage.tokens_used);
     println!(
         "peak memory   {} predicted, with {} workers",
@@ -110,23 +117,29 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
-/// Linears that differ by their block alone are one line.
+/// Linears that differ by their block, or by their expert, alone are one line.
 fn print_linears(tower: &Tower, plan: &Plan) {
     let mut kinds: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for linear in &plan.linears {
         let prefix = tower.block_prefix(linear.block);
         let kind = linear.name.strip_prefix(&prefix).unwrap_or(&linear.name);
-        let key = (
-            linear.site,
-            linear.slot,
-            kind,
-            linear.rows,
-            linear.columns,
-            linear.scheme(),
-        );
+        let (site, slot, kind) = match (linear.expert(), &linear.spec.fused) {
+            (Some(expert), Some(slice)) => {
+                let site = match linear.site {
+                    SiteKind::ExpertDown(_) => SiteKind::ExpertDown(0),
+                    site => site,
+                };
+                // After the shared expert's.
+                let any = kind.replacen(&format!(".{expert}."), ".*.", 1);
+                (site, (1, slice.part), any)
+            }
+            _ => (linear.site, (0, linear.slot), kind.to_owned()),
+        };
+        let key = (site, slot, kind, linear.rows, linear.columns, linear.scheme());
         kinds.entry(key).or_default().push(linear.block);
     }
-    for ((_, _, name, rows, columns, scheme), blocks) in kinds {
+    for ((_, _, name, rows, columns, scheme), mut blocks) in kinds {
+        blocks.dedup();
         println!(
             "  {name:<20} {rows:>6} x {columns:<6} {scheme:<20} blocks {}",
             ranges(&blocks)

@@ -24,11 +24,6 @@ pub enum SiteKind {
     ExpertDown(u32),
 }
 
-impl SiteKind {
-    /// Those of a block with grouped-query attention and one MLP.
-    pub const DENSE: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
-}
-
 /// A linear of a block, by the name it has below `layers.{i}.`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinearSpec {

@@ -30,11 +30,6 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
-    /// Whether every block has grouped-query attention and one MLP: the sites of [`SiteKind::DENSE`].
-    pub fn is_dense(&self) -> bool {
-        self.block.mla.is_none() && !self.layers.iter().any(|layer| layer.mixture)
-    }
-
     /// The sites of a block: see [`BlockSpec::sites`].
     pub fn sites(&self, block: usize) -> Vec<SiteKind> {
         self.block.sites(&self.layers[block])

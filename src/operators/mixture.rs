@@ -122,7 +122,7 @@ fn group(
             .tokens
             .iter()
             .copied()
-            .filter(|t| !own.contains(t))
+            .filter(|t| own.binary_search(t).is_err())
             .collect();
         let more = routed.inner(&others, gate_up)?;
         let parts: Vec<&Tensor> = inner.iter().chain(&more).collect();

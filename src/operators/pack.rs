@@ -127,11 +127,14 @@ fn too_few(planned: &PlannedLinear, facts: FactorFacts) -> Option<String> {
         return None;
     };
     let (tokens, width, borrowed) = (facts.tokens, planned.columns, facts.borrowed);
-    (tokens < tokens_min(width)).then(|| {
-        let lent = match borrowed {
-            0 => "plain rounding counts".to_owned(),
-            _ => format!("{borrowed} that were sent to other experts count"),
-        };
-        format!("{tokens} tokens for {width} channels: {lent} for the missing ones; more text, or --all-experts, would help")
+    let wanted = tokens_min(width);
+    (tokens < wanted).then(|| {
+        let others = (borrowed > 0).then(|| format!("{borrowed} that were sent to other experts"));
+        let rounding = (tokens + borrowed < wanted).then(|| "plain rounding".to_owned());
+        let lent: Vec<String> = others.into_iter().chain(rounding).collect();
+        format!(
+            "{tokens} tokens of the {wanted} that {width} channels need; for the rest count {}; more text, or --all-experts, would help",
+            lent.join(" and ")
+        )
     })
 }
