@@ -223,7 +223,7 @@ fn fused_linears_have_one_width_and_the_budget_holds_to_the_bit() {
             .map(|(unit, &bits)| unit.parameters * u64::from(bits))
             .sum();
         assert!(bits as f64 <= average * weights as f64, "{average}");
-        let cost = |(measured, &bits): (&Measured, &u32)| measured.cost(3, bits);
+        let cost = |(measured, &bits): (&Measured, &u32)| measured.weight(3, bits);
         let cost: f64 = sensitivity.units.iter().zip(&chosen).map(cost).sum();
         assert!(cost <= before, "{average}: {cost} after {before}");
         before = cost;
