@@ -3,6 +3,7 @@
 pub mod allocate;
 pub mod data_free;
 pub mod evaluate;
+mod finish;
 pub mod predict;
 pub mod quantize;
 pub mod resolve;

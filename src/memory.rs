@@ -1,10 +1,11 @@
 //! Where large matrices lie: in memory, or in scratch files whose pages are resident only while they are used. Knows neither
 //! what a matrix means nor who decides; the plan decides, by step. Both are mapped, not allocated: what is dropped goes back to the
-//! system at once, where an allocator would keep it for what never comes (seen: half of a peak).
+//! system at once, where an allocator would keep it for what never comes (seen: a fifth of a peak).
 
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::storage::ScratchMap;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
+use memmap2::MmapMut;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
@@ -26,12 +27,18 @@ impl Room {
     /// A region of `length` zeros.
     ///
     /// # Errors
-    /// The disk has no room for it.
+    /// The disk, or the system, has no room for it.
     pub fn zeros<T: Pod>(&self, length: usize) -> Result<Region<T>> {
         let bytes = length * size_of::<T>();
         Ok(Region(match self {
             Self::Memory if bytes < MAPPED_BYTES_MIN => Place::Memory(vec![T::zeroed(); length]),
-            Self::Memory => Place::Mapped(ScratchMap::anonymous(bytes)?, length),
+            Self::Memory => {
+                let map = MmapMut::map_anon(bytes);
+                Place::Mapped(
+                    map.context("map memory for", Path::new("large matrices"))?,
+                    length,
+                )
+            }
             Self::Scratch(folder) => Place::Scratch(ScratchMap::create(folder, bytes)?, length),
         }))
     }
@@ -46,8 +53,8 @@ pub struct Region<T>(Place<T>);
 enum Place<T> {
     Memory(Vec<T>),
     /// And how many values.
-    Mapped(ScratchMap, usize),
-    /// As the former; pages that are not in use are not resident.
+    Mapped(MmapMut, usize),
+    /// And how many values.
     Scratch(ScratchMap, usize),
 }
 
@@ -91,7 +98,8 @@ impl<T: Pod> Region<T> {
     fn values(&self) -> &[T] {
         match &self.0 {
             Place::Memory(values) => values,
-            Place::Mapped(map, length) | Place::Scratch(map, length) => &cast_slice(map.bytes())[..*length],
+            Place::Mapped(map, length) => &cast_slice(map)[..*length],
+            Place::Scratch(map, length) => &cast_slice(map.bytes())[..*length],
         }
     }
 
@@ -169,9 +177,8 @@ impl<T: Pod> DerefMut for ValuesMut<'_, T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.0.0 {
             Place::Memory(values) => values,
-            Place::Mapped(map, length) | Place::Scratch(map, length) => {
-                &mut cast_slice_mut(map.bytes_mut())[..*length]
-            }
+            Place::Mapped(map, length) => &mut cast_slice_mut(map)[..*length],
+            Place::Scratch(map, length) => &mut cast_slice_mut(map.bytes_mut())[..*length],
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Format, LinearLayout, TensorSpec};
 use crate::model::{Coded, LinearSpec, SiteKind, Tower};
 use crate::numerics::Grid;
-use crate::recipe::{Recipe, Scheme};
+use crate::recipe::{Method, Recipe, Scheme};
 use regex::RegexSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
@@ -135,6 +135,13 @@ impl Plan {
                 "--all-experts",
                 format!("{} has no experts", tower.spec.architecture),
                 "leave it out",
+            ));
+        }
+        if recipe.all_experts && recipe.method == Method::Rtn {
+            return Err(Error::usage(
+                "--all-experts",
+                "is about statistics, of which --method rtn has none",
+                "leave one of the two out",
             ));
         }
         let format = formats::by_name(&recipe.format)?;

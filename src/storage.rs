@@ -266,8 +266,7 @@ impl ScratchFile {
     }
 }
 
-/// Bytes in a nameless file of their own, mapped into memory: they may leave it and come back. They go with the process. Or bytes
-/// without a file, which stay.
+/// Bytes in a nameless file of their own, mapped into memory: they may leave it and come back. They go with the process.
 #[derive(Debug)]
 pub struct ScratchMap(memmap2::MmapMut);
 
@@ -283,16 +282,6 @@ impl ScratchMap {
         // SAFETY: the file has no name, so that nobody else can cut or write it, and its bytes are reserved.
         let map = unsafe { memmap2::MmapMut::map_mut(&file) }.context(context, folder)?;
         Ok(Self(map))
-    }
-
-    /// `length` zeros without a file: [`Self::release`] would lose them.
-    ///
-    /// # Errors
-    /// The system has no memory left.
-    pub fn anonymous(length: usize) -> Result<Self> {
-        let map = memmap2::MmapMut::map_anon(length);
-        map.map(Self)
-            .context("map memory for large matrices of", Path::new("this run"))
     }
 
     /// The bytes, page-aligned.

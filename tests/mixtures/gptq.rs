@@ -252,4 +252,7 @@ fn all_experts_see_all_tokens_for_statistics_alone() {
     dense.recipe.group_size = 0;
     let error = dense.plan().unwrap_err();
     assert!(error.to_string().contains("no experts"), "{error}");
+    job.recipe.method = Method::Rtn;
+    let error = job.plan().unwrap_err();
+    assert!(error.to_string().contains("statistics"), "{error}");
 }
