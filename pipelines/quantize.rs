@@ -308,19 +308,6 @@ pub(super) fn run(
     Ok(summary)
 }
 
-/// As [`quantize`], from statistics of the original model over `documents`, which are collected first and not kept.
-///
-/// # Errors
-/// As [`quantize`].
-pub fn independent(
-    job: &Job,
-    documents: Documents,
-    observer: &Arc<dyn Observer>,
-    halt: &Arc<Halt>,
-) -> Result<Summary> {
-    quantize(&collected(job, documents, observer, halt)?, observer, halt)
-}
-
 /// `job` with statistics of the original model over `documents`, which lie in the output's work folder.
 ///
 /// # Errors

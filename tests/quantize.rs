@@ -202,9 +202,9 @@ fn what_verify_is_for_is_found() {
 }
 
 /// Stops the run after some linears, as Ctrl-C would.
-struct StopAfter {
-    left: std::sync::atomic::AtomicI64,
-    halt: Arc<Halt>,
+pub(crate) struct StopAfter {
+    pub(crate) left: std::sync::atomic::AtomicI64,
+    pub(crate) halt: Arc<Halt>,
 }
 
 impl Observer for StopAfter {

@@ -422,7 +422,10 @@ fn one_artifact_serves_many_recipes() {
         statistics: None,
         ..solve("independent", 4, 2)
     };
-    let at_once = quantize::independent(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
+    let at_once = {
+        let collected = quantize::collected(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
+        quantize(&collected, &observer, &Arc::default()).unwrap()
+    };
     assert_eq!(at_once.output_digest, four.output_digest);
     assert!(!at("independent").join(".quantflow").exists());
 }

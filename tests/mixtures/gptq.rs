@@ -1,6 +1,7 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
 use super::{FAMILIES, compare, model, read_rows, recipe, run, text};
+use crate::quantize::StopAfter;
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
 use quantflow::operators::Halt;
@@ -10,7 +11,6 @@ use quantflow::recipe::{Method, Recipe};
 use quantflow::report::{Observer, Row};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 fn gptq(name: &str, output: &Path, calibration: Calibration) -> Job {
     Job {
@@ -106,23 +106,6 @@ fn the_output_is_the_same_for_any_workers_groups_and_order() {
             whole,
             "{name}: reversed"
         );
-    }
-}
-
-/// Stops the run after some linears, as Ctrl-C would.
-struct StopAfter {
-    left: AtomicI64,
-    halt: Arc<Halt>,
-}
-
-impl Observer for StopAfter {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, _: &str) {}
-    fn linear(&self, _: &Row) {
-        if self.left.fetch_sub(1, Ordering::SeqCst) == 0 {
-            self.halt.raise(Error::Interrupted);
-        }
     }
 }
 
