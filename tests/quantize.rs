@@ -1,5 +1,6 @@
 //! Whole runs on the tiny multimodal model: same bytes however it is run, resumable, nothing half-written.
 
+use candle_core::{Device, Tensor};
 use quantflow::calibration::{self, Calibration, Source};
 use quantflow::error::{Error, Result};
 use quantflow::operators::Halt;
@@ -8,6 +9,7 @@ use quantflow::pipelines::quantize::{Job, Summary, quantize};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe};
 use quantflow::report::{Observer, Row, Silent};
+use quantflow::storage;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::path::{Path, PathBuf};
@@ -30,20 +32,13 @@ fn calibrate(samples: usize, length: usize) -> Calibration {
 
 fn job(output: &Path) -> Job {
     Job {
-        model: fixture().join("model"),
-        output: output.to_owned(),
         recipe: Recipe {
             group_size: 64,
             ..Recipe::default()
         },
         calibration: calibrate(6, 128),
-        statistics: None,
         workers: 2,
-        memory: None,
-        scratch: None,
-        shard_bytes_max: 5_000_000_000,
-        fresh: false,
-        arrival: None,
+        ..Job::new(fixture().join("model"), output.to_owned(), Recipe::default())
     }
 }
 
@@ -115,6 +110,72 @@ fn what_spills_changes_nothing_and_the_smallest_budget_is_named() {
     assert_eq!(resident.output_digest, without_matrices.output_digest);
     assert!(run(&with("d", smallest - 1)).unwrap_err().hint().unwrap() == hint);
     assert!(!folder.path().join("d").exists());
+}
+
+/// The Llama fixture with an MLP of 1,920 channels: ten panels.
+fn wide(folder: &Path) {
+    let llama = fixture().parent().unwrap().join("families/llama");
+    let config = std::fs::read_to_string(llama.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["intermediate_size"] = 1920.into();
+    storage::write_json(&folder.join("config.json"), &config).unwrap();
+    let mut tensors = candle_core::safetensors::load(llama.join("model.safetensors"), &Device::Cpu).unwrap();
+    for (name, tensor) in &mut tensors {
+        let (rows, columns) = match tensor.dims() {
+            [_, columns] if name.contains("gate_proj") || name.contains("up_proj") => (1920, *columns),
+            [rows, _] if name.contains("down_proj") => (*rows, 1920),
+            _ => continue,
+        };
+        let values: Vec<f32> = (0..rows * columns)
+            .map(|i| ((i * 37 + i / 7) % 101) as f32 / 500.0 - 0.1)
+            .collect();
+        *tensor = Tensor::from_vec(values, (rows, columns), &Device::Cpu)
+            .and_then(|values| values.to_dtype(tensor.dtype()))
+            .unwrap();
+    }
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn wide_matrices_lie_in_files_whole_and_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    storage::create_folder(&model).unwrap();
+    wide(&model);
+    let tokens: Vec<u32> = (0..4 * 24).map(|i| 3 + i * 7 % 61).collect();
+    let job = |name: &str, memory| Job {
+        calibration: Calibration {
+            batches: calibration::batches(&tokens, 24),
+            ..Calibration::default()
+        },
+        workers: 2,
+        memory,
+        ..Job::new(
+            model.clone(),
+            folder.path().join(name),
+            Recipe {
+                group_size: 0,
+                match_original: 0.0,
+                ..Recipe::default()
+            },
+        )
+    };
+    let (_, plan) = job("a", None).plan().unwrap();
+    let fit = |memory| job("a", memory).fit(&plan);
+    let whole = fit(None).unwrap();
+    let fixed = whole.peak_host_bytes - whole.resident_activation_bytes;
+    let hint = fit(Some(1)).unwrap_err().hint().unwrap();
+    let smallest = hint
+        .split_whitespace()
+        .find_map(|word| word.parse().ok())
+        .unwrap();
+    let (none, some) = (fit(Some(fixed)).unwrap(), fit(Some(smallest)).unwrap());
+    assert!(smallest < fixed && none.spilled.iter().all(|spilled| !spilled));
+    // All of XᵀX and half of a factor, in f64, and no less activations than before.
+    let matrices = some.scratch_bytes + some.resident_activation_bytes - none.scratch_bytes;
+    assert!(matrices >= 1920 * 1920 * (8 + 4), "{matrices}");
+    let digest = |job: &Job| run(job).unwrap().output_digest;
+    assert_eq!(digest(&job("a", None)), digest(&job("b", Some(smallest))));
 }
 
 #[test]
@@ -345,7 +406,7 @@ fn a_failed_write_is_an_error_that_names_the_file_and_loses_nothing() {
 fn an_output_that_cannot_be_made_is_an_error_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
-    quantflow::storage::write_whole(&file, b"not a folder").unwrap();
+    storage::write_whole(&file, b"not a folder").unwrap();
     for output in [file.join("out"), file.clone()] {
         let result = command("", &output).output().unwrap();
         let text = String::from_utf8_lossy(&result.stderr);
@@ -438,7 +499,7 @@ fn schemes_of_single_linears_reach_the_file_and_the_config() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("mixed.toml");
     let recipe = |text: &str| {
-        quantflow::storage::write_whole(&path, text.as_bytes()).unwrap();
+        storage::write_whole(&path, text.as_bytes()).unwrap();
         Recipe::find(&path.display().to_string())
     };
     let mixed = "bits = 3\ngroup_size = 64\nmatch_original = 0.0\n[[scheme]]\ntargets = ['layers\\.0\\.', 'down_proj$']\nbits = 4\n";

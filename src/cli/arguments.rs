@@ -148,7 +148,7 @@ pub(super) struct ResourceArguments {
     /// Resident memory to stay within: 2GiB, …
     #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "Resources")]
     pub memory: Option<u64>,
-    /// Where activations spill that do not fit; default: the output directory
+    /// Where activations and large matrices go that do not fit; default: the output directory
     #[arg(long, value_name = "DIR", help_heading = "Resources")]
     pub scratch: Option<PathBuf>,
     /// auto and cpu are the same in this build

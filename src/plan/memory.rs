@@ -105,17 +105,20 @@ impl Plan {
         let limit = memory.unwrap_or(available);
         let nothing = vec![false; self.steps.len()];
         let mut spilled = nothing.clone();
-        let mut smallest = 0;
         for step in 0..self.steps() {
             let mut candidates = self.beside(load.graph, step);
             candidates.sort_by_key(|&step| self.needs(load, step, &nothing).matrices);
-            while self.peak(load, step, &spilled) > limit {
-                match candidates.pop() {
-                    Some(largest) => spilled[largest as usize] = true,
-                    None => break,
+            loop {
+                let bytes = self.peak(load, step, &spilled);
+                let Some(largest) = (bytes > limit).then(|| candidates.pop()).flatten() else {
+                    break;
+                };
+                spilled[largest as usize] = true;
+                // Of a narrow matrix the panels that a kernel holds are as much as all.
+                if self.peak(load, step, &spilled) >= bytes {
+                    spilled[largest as usize] = false;
                 }
             }
-            smallest = smallest.max(self.peak(load, step, &spilled));
         }
         let fixed = (0..self.steps())
             .map(|step| self.peak(load, step, &spilled))
@@ -132,7 +135,7 @@ impl Plan {
                     "{budget} hold one step of this model with {} workers",
                     load.workers
                 ),
-                format!("the smallest budget that would is {smallest} bytes; fewer --workers need less"),
+                format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
             ));
         }
         let activations = (load.tokens * load.streams * self.token_bytes) as u64;
@@ -145,7 +148,7 @@ impl Plan {
         };
         let in_files = |step| {
             matrices(step)
-                .map(|step| self.needs(load, step, &nothing).matrices)
+                .map(|step| self.needs(load, step, &spilled).matrices)
                 .sum::<u64>()
         };
         Ok(Fit {
