@@ -7,6 +7,7 @@ use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
 use crate::checkpoint::{OutputLayout, OutputWriter, hex};
+use crate::device::Placement;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
@@ -19,7 +20,6 @@ use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, CpuClock, Observer};
 use crate::storage::{self, FolderLock};
-use candle_core::Device;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -61,6 +61,10 @@ pub struct Job {
     pub fresh: bool,
     /// Order in which batches are announced; `None` for their own. Any order gives the same output.
     pub arrival: Option<Vec<usize>>,
+    /// Where tensors are, and who works on them.
+    pub placement: Placement,
+    /// Budget on the device; `None` for what it has free.
+    pub device_memory: Option<u64>,
 }
 
 /// What was done; `quantize --json` prints it.
@@ -76,10 +80,12 @@ pub struct Summary {
     pub cpu_seconds: f64,
     /// Peak resident bytes of the process.
     pub peak_host_bytes: u64,
-    /// Always 0 on a CPU.
+    /// Peak bytes on the device; 0 on a CPU.
     pub peak_device_bytes: u64,
     /// What the plan predicted.
     pub plan_peak_host_bytes: u64,
+    /// What the plan predicted for the device.
+    pub plan_peak_device_bytes: u64,
     /// Tokens of the calibration.
     pub calibration_tokens: u64,
     /// Quantized linears.
@@ -121,15 +127,25 @@ impl Job {
             shard_bytes_max: 5_000_000_000,
             fresh: false,
             arrival: None,
+            placement: Placement::cpu(),
+            device_memory: None,
         }
     }
 
     /// Plans the run; reads headers only.
     pub fn plan(&self) -> Result<(Tower, Plan)> {
-        let tower = Tower::open(&self.model, Device::Cpu)?;
+        let tower = Tower::open(&self.model, self.placement.clone())?;
         let mut plan = Plan::new(self.recipe.clone(), &tower)?;
         plan.group_experts(self.memory, &self.load());
         Ok((tower, plan))
+    }
+
+    /// Workers of the dataflow: on a device one, which does no more than to keep the device busy.
+    pub fn dataflow_workers(&self) -> usize {
+        match self.placement.on_device {
+            true => 1,
+            false => self.workers,
+        }
     }
 
     /// What the run carries.
@@ -144,7 +160,7 @@ impl Job {
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
         Load {
             graph,
-            workers: self.workers,
+            workers: self.dataflow_workers(),
             batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
             tokens: tokens.sum(),
             streams: 1 + usize::from(graph == Graph::Sequential && self.recipe.match_original > 0.0),
@@ -154,9 +170,12 @@ impl Job {
     /// How the run fits into its budget, or into what the machine has.
     ///
     /// # Errors
-    /// `--memory` is less than what the run needs without a single resident activation.
+    /// `--memory` or `--device-memory` is less than what the run needs without a single resident activation.
     pub fn fit(&self, plan: &Plan) -> Result<Fit> {
-        plan.fit(&self.load(), self.memory, report::available_host_bytes())
+        let load = self.load();
+        let fit = plan.fit(&load, self.memory, report::available_host_bytes())?;
+        let available = || self.placement.available_bytes();
+        plan.fit_device(fit, &load, self.device_memory.unwrap_or_else(available))
     }
 
     /// Tokens behind the statistics.
@@ -176,6 +195,10 @@ impl Job {
             &recipe.map_err(|error| Error::invalid("recipe", error.to_string(), ""))?,
         ));
         hash.update(self.shard_bytes_max.to_le_bytes());
+        if self.placement.on_device {
+            // Other arithmetic: a run that was begun elsewhere is not continued here.
+            hash.update(format!("{:?}\n", tower.precision()));
+        }
         for batch in &self.calibration.batches {
             hash.update(format!("{}\n", batch.id));
         }
@@ -232,7 +255,7 @@ pub(super) fn run(
         ));
     }
     let fit = job.fit(&plan)?;
-    let plan_peak = fit.peak_host_bytes;
+    let planned = (fit.peak_host_bytes, fit.peak_device_bytes);
     let solved = match &job.statistics {
         Some(artifact) => resolve::keys(&plan, artifact)?,
         None => Vec::new(),
@@ -301,7 +324,7 @@ pub(super) fn run(
     let summary = finish(job, shared, made, |summary| {
         summary.elapsed_seconds = begin.0.elapsed().as_secs_f64();
         summary.cpu_seconds = (report::process_cpu() - begin.1).as_secs_f64();
-        summary.plan_peak_host_bytes = plan_peak;
+        (summary.plan_peak_host_bytes, summary.plan_peak_device_bytes) = planned;
         summary.resumed_blocks = resumed_blocks;
     })?;
     storage::remove(&work)?;
@@ -441,7 +464,7 @@ fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    workers::with_locals(job.workers, shared, move |worker, local| {
+    workers::with_locals(job.dataflow_workers(), shared, move |worker, local| {
         match (method, &statistics) {
             (Method::Rtn, _) => data_free::run(worker, local),
             (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),

@@ -82,13 +82,18 @@ where
         Dtype::F16 => Precision::F16,
         _ => Precision::F32,
     };
+    let device = shared.tower.placement().device.clone();
+    let device_bytes = shared.fit.device_activation_bytes as usize / workers;
     let for_workers = Arc::clone(shared);
     on_workers(workers, &shared.halt, move |worker| {
         let local = Rc::new(Local {
             shared: Arc::clone(&for_workers),
             index: worker.index(),
             peers: worker.peers(),
-            store: RefCell::new(ActivationStore::new(&for_workers.scratch, resident, precision)),
+            store: RefCell::new(
+                ActivationStore::new(&for_workers.scratch, resident, precision)
+                    .with_device(device.clone(), device_bytes),
+            ),
             batches: RefCell::default(),
         });
         build(worker, &local);

@@ -7,6 +7,7 @@ pub mod artifact;
 pub mod calibration;
 pub mod checkpoint;
 pub mod cli;
+pub mod device;
 pub mod error;
 pub mod formats;
 pub mod ledger;

@@ -102,6 +102,8 @@ pub struct Plan {
     token_bytes: usize,
     /// What it takes to dequantize the source's largest weight, besides the result.
     reading_bytes: u64,
+    /// Bytes of a weight on the device, where the work is done on one.
+    device_weight_bytes: Option<usize>,
 }
 
 impl std::fmt::Debug for Plan {
@@ -193,6 +195,7 @@ impl Plan {
             blocks: tower.blocks(),
             experts_per_step: 1,
             token_bytes: 0,
+            device_weight_bytes: (tower.placement().on_device).then(|| tower.precision().size_in_bytes()),
             reading_bytes: 0,
         };
         plan.token_bytes = steps::token_bytes(tower, &plan.linears);

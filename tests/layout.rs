@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 
 /// Modules in layers: a module may import from its own layer's earlier lines and from the layers before.
-const LAYERS: [&[&str]; 12] = [
+const LAYERS: [&[&str]; 13] = [
     &["error"],
     &["storage"],
     &["memory"],
     &["report", "numerics"],
     &["formats"],
-    &["checkpoint", "ledger"],
-    &["model", "statistics", "calibration", "recipe"],
+    &["checkpoint", "ledger", "statistics"],
+    &["device"],
+    &["model", "calibration", "recipe"],
     &["plan", "artifact"],
     &["allocation"],
     &["operators"],

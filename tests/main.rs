@@ -3,9 +3,11 @@
 mod allocation;
 mod calibration;
 mod checkpoint;
+mod device;
 mod families;
 mod formats;
 mod golden;
+mod kernels;
 mod layout;
 mod mixtures;
 mod quantize;

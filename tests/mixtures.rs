@@ -52,7 +52,7 @@ pub(crate) fn windows(name: &str) -> Calibration {
 }
 
 /// Windows of pseudo-random tokens, none of which is special.
-fn text(windows: usize, length: usize, seed: u64) -> Calibration {
+pub(crate) fn text(windows: usize, length: usize, seed: u64) -> Calibration {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let tokens: Vec<u32> = (0..windows * length)
         .map(|_| 3 + random.next_u32() % 117)
@@ -71,7 +71,7 @@ fn read_rows(output: &Path) -> Vec<Row> {
 }
 
 /// 4 bits a row, but 8 where a width does not hold whole words of 4-bit codes; gpt-oss without its experts.
-fn recipe(name: &str, match_original: f64) -> Recipe {
+pub(crate) fn recipe(name: &str, match_original: f64) -> Recipe {
     let uneven = match name {
         "mixtral" => Some(r"experts\..*w2$"),
         "qwen3_vl_moe" => Some(r"experts\..*down_proj$"),

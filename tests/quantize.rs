@@ -30,7 +30,7 @@ fn calibrate(samples: usize, length: usize) -> Calibration {
     calibration::load(&source, &fixture().join("model"), 2048).unwrap()
 }
 
-fn job(output: &Path) -> Job {
+pub(crate) fn job(output: &Path) -> Job {
     Job {
         recipe: Recipe {
             group_size: 64,
@@ -42,7 +42,7 @@ fn job(output: &Path) -> Job {
     }
 }
 
-fn run(job: &Job) -> Result<Summary> {
+pub(crate) fn run(job: &Job) -> Result<Summary> {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     quantize(job, &observer, &Arc::default())
 }

@@ -375,22 +375,18 @@ fn one_artifact_serves_many_recipes() {
     let a = rows(folder.path(), "a.jsonl", 0..40);
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
     let solve = |name: &str, bits: u32, workers: usize| quantize::Job {
-        model: fixture("model"),
-        output: at(name),
-        recipe: Recipe {
-            bits,
-            group_size: 64,
-            match_original: 0.0,
-            ..Recipe::default()
-        },
-        calibration: Default::default(),
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
         workers,
-        memory: None,
-        scratch: None,
-        shard_bytes_max: 5_000_000_000,
-        fresh: false,
-        arrival: None,
+        ..quantize::Job::new(
+            fixture("model"),
+            at(name),
+            Recipe {
+                bits,
+                group_size: 64,
+                match_original: 0.0,
+                ..Recipe::default()
+            },
+        )
     };
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     let four = quantize(&solve("w4", 4, 2), &observer, &Arc::default()).unwrap();
@@ -478,26 +474,23 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
     );
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
     let solve = |name: &str, down_bits: u32| quantize::Job {
-        model: fixture("model"),
-        output: at(name),
-        recipe: Recipe {
-            group_size: 64,
-            match_original: 0.0,
-            schemes: vec![Scheme {
-                targets: vec!["down_proj$".into()],
-                bits: Some(down_bits),
-                ..Scheme::default()
-            }],
-            ..Recipe::default()
-        },
-        calibration: Default::default(),
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
         workers: 2,
-        memory: None,
-        scratch: None,
         shard_bytes_max: 400_000,
-        fresh: false,
-        arrival: None,
+        ..quantize::Job::new(
+            fixture("model"),
+            at(name),
+            Recipe {
+                group_size: 64,
+                match_original: 0.0,
+                schemes: vec![Scheme {
+                    targets: vec!["down_proj$".into()],
+                    bits: Some(down_bits),
+                    ..Scheme::default()
+                }],
+                ..Recipe::default()
+            },
+        )
     };
     let fresh = |name: &str, bits: u32| {
         let all = Counting::new(ALL);
@@ -599,23 +592,19 @@ fn held_out_batches_measure_and_choose_the_damping() {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     let solve = |name: &str, damp_percent, statistics: &Arc<Artifact>| {
         let job = quantize::Job {
-            model: fixture("model"),
-            output: at(name),
-            recipe: Recipe {
-                bits: 3,
-                group_size: 64,
-                match_original: 0.0,
-                damp_percent,
-                ..Recipe::default()
-            },
-            calibration: Default::default(),
             statistics: Some(Arc::clone(statistics)),
             workers: 2,
-            memory: None,
-            scratch: None,
-            shard_bytes_max: 5_000_000_000,
-            fresh: false,
-            arrival: None,
+            ..quantize::Job::new(
+                fixture("model"),
+                at(name),
+                Recipe {
+                    bits: 3,
+                    group_size: 64,
+                    match_original: 0.0,
+                    damp_percent,
+                    ..Recipe::default()
+                },
+            )
         };
         quantize(&job, &observer, &Arc::default())
     };

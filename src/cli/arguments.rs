@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use crate::device::{DeviceChoice, Placement};
 use crate::error::{Error, Result};
 use crate::numerics::factor::ColumnOrder;
 use crate::recipe::{Damping, Method, Recipe};
@@ -151,14 +152,17 @@ pub(super) struct ResourceArguments {
     /// Where activations and large matrices go that do not fit; default: the output directory
     #[arg(long, value_name = "DIR", help_heading = "Resources")]
     pub scratch: Option<PathBuf>,
-    /// auto and cpu are the same in this build
+    /// auto, cpu, cuda or cuda:1; auto is the first CUDA device of a build with one, else the CPU. quantize and solve run there
     #[arg(
         long,
         default_value = "auto",
         value_name = "DEVICE",
         help_heading = "Resources"
     )]
-    pub device: String,
+    pub device: DeviceChoice,
+    /// Memory of the device to stay within: 20GiB, …; default: what is free there
+    #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "Resources")]
+    pub device_memory: Option<u64>,
     /// Worker threads; default: one a core. Any number gives the same bytes
     #[arg(long, value_name = "N", help_heading = "Resources")]
     pub workers: Option<usize>,
@@ -544,16 +548,32 @@ impl ResourceArguments {
     /// Worker threads.
     ///
     /// # Errors
-    /// Their number is out of range, or the device is not in this build.
+    /// Their number is out of range.
     pub(super) fn workers(&self) -> Result<usize> {
-        if !["auto", "cpu"].contains(&self.device.as_str()) {
-            return Err(Error::usage(
-                "--device",
-                format!("{} is not in this build", self.device),
-                "use --device cpu",
-            ));
-        }
         workers(self.workers)
+    }
+
+    /// The device of a command that can use one.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub(super) fn placement(&self) -> Result<Placement> {
+        Placement::open(self.device)
+    }
+
+    /// That of `what`, which runs on the CPU alone.
+    ///
+    /// # Errors
+    /// `--device` names another.
+    pub(super) fn cpu(&self, what: &str) -> Result<Placement> {
+        match self.device {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Placement::cpu()),
+            DeviceChoice::Cuda(_) => Err(Error::usage(
+                "--device",
+                format!("{what} runs on the CPU"),
+                "leave --device out",
+            )),
+        }
     }
 }
 

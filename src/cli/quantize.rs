@@ -1,12 +1,15 @@
 //! `quantize` and `solve`.
 
-use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
+use super::arguments::{
+    CalibrationArguments, FinishArguments, QuantizeArguments, ResourceArguments, SolveArguments,
+};
 use super::statistics::documents;
 use super::text::{bytes, seconds};
 use super::{Outcome, allocation, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::families;
 use crate::operators::Halt;
@@ -86,7 +89,9 @@ pub(super) fn job(arguments: &QuantizeArguments) -> Result<Job> {
     let output = arguments.output.clone().unwrap_or_default();
     Ok(Job {
         calibration,
+        placement: placement(arguments.allocation.average_bits, &arguments.resources)?,
         workers: arguments.resources.workers()?,
+        device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         shard_bytes_max: arguments.scheme.max_shard_size,
@@ -100,7 +105,9 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
     let (model, output) = (arguments.model.clone(), arguments.output.clone());
     let job = Job {
         statistics: Some(Arc::new(artifact)),
+        placement: placement(arguments.allocation.average_bits, &arguments.resources)?,
         workers: arguments.resources.workers()?,
+        device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         shard_bytes_max: arguments.scheme.max_shard_size,
@@ -116,6 +123,13 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
         None => (resolve::solve(&job, &observer, halt)?, None),
     };
     tell(&job, &summary, chosen.as_ref(), &arguments.finish)
+}
+
+fn placement(average_bits: Option<f64>, resources: &ResourceArguments) -> Result<Placement> {
+    match average_bits {
+        None => resources.placement(),
+        Some(_) => resources.cpu("--average-bits"),
+    }
 }
 
 pub(super) fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {
@@ -202,6 +216,13 @@ fn print_summary(job: &Job, s: &Summary) {
         bytes(s.peak_host_bytes),
         bytes(s.plan_peak_host_bytes)
     );
+    if s.plan_peak_device_bytes > 0 {
+        println!(
+            "  on device    {} ({} planned)",
+            bytes(s.peak_device_bytes),
+            bytes(s.plan_peak_device_bytes)
+        );
+    }
     if s.fallbacks > 0 {
         println!(
             "  warnings     {} linears: see {}",

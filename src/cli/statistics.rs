@@ -2,7 +2,7 @@
 
 use super::arguments::{
     CalibrationArguments, ChangeArguments, CollectArguments, InspectArguments, MergeArguments,
-    StatisticsCommand,
+    ResourceArguments, StatisticsCommand,
 };
 use super::quantize::{print_notes, source, vocab_size};
 use super::text::{bytes, seconds};
@@ -33,7 +33,7 @@ fn collect(arguments: &CollectArguments, halt: &Arc<Halt>) -> Result<Outcome> {
         documents: documents(&arguments.calibration, &arguments.model)?,
         held_out: arguments.held_out,
         all_experts: arguments.all_experts,
-        workers: arguments.resources.workers()?,
+        workers: on_cpu(&arguments.resources)?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
@@ -49,7 +49,7 @@ fn change(arguments: &ChangeArguments, change: Change, halt: &Arc<Halt>) -> Resu
         documents: documents(&arguments.calibration, &arguments.model)?,
         held_out: 0.0,
         all_experts: false,
-        workers: arguments.resources.workers()?,
+        workers: on_cpu(&arguments.resources)?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
@@ -63,6 +63,12 @@ pub(super) fn documents(arguments: &CalibrationArguments, model: &Path) -> Resul
         Some(file) => calibration::documents_from_npy(file, vocab_size),
         None => calibration::documents(&source(arguments)?, model, vocab_size),
     }
+}
+
+/// Worker threads, and no device: sums are those of one kind of processor.
+fn on_cpu(resources: &ResourceArguments) -> Result<usize> {
+    resources.cpu("statistics")?;
+    resources.workers()
 }
 
 fn carry_out(job: &Job, json: bool, halt: &Arc<Halt>) -> Result<Outcome> {

@@ -31,6 +31,7 @@ pub(super) fn run(arguments: &SweepArguments, halt: &Arc<Halt>) -> Result<Outcom
     let job = Sweep {
         base: Job {
             statistics: Some(Arc::new(artifact)),
+            placement: arguments.resources.cpu("sweep")?,
             workers: arguments.resources.workers()?,
             memory: arguments.resources.memory,
             scratch: arguments.resources.scratch.clone(),

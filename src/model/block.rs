@@ -14,12 +14,13 @@ use super::ops;
 use super::rotary::Rotary;
 use super::sites::{LinearSpec, SiteKind};
 use super::spec::{BlockSpec, LayerSpec};
+use crate::device::matrix::product;
 use crate::error;
 use crate::numerics::attention::AttentionShape;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
-/// Weight `[rows, columns]` in f32 and an optional bias `[rows]`.
+/// Weight `[rows, columns]` and an optional bias `[rows]` in f32. The weight is in f32, too, or on a device in the model's own 16 bits.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// `[rows, columns]`
@@ -29,14 +30,27 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// x Wᵀ + b
+    /// The dtype of its products.
+    pub(super) fn precision(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    /// x Wᵀ + b, in f32. A 16-bit weight takes its input in 16 bits, as the model does at run time, and sums in f32.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = match self.precision() {
+            DType::F32 => x.matmul(&self.weight.t()?)?,
+            precision => product(&x.to_dtype(precision)?, &self.weight.t()?)?,
+        };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
     }
+}
+
+/// The dtype of the linears' products.
+pub(super) fn precision(linears: &[Linear]) -> DType {
+    linears.first().map_or(DType::F32, Linear::precision)
 }
 
 /// RMS norm weights of a block; the unit offset, where a family has one, is already added.
@@ -110,7 +124,7 @@ impl Block {
             softcap: spec.attention_softcap,
             window: self.layer.window,
         };
-        ops::attention(&q, &k, &v, self.sinks.as_deref(), shape)
+        ops::attention([&q, &k, &v], self.sinks.as_deref(), shape, precision(linears))
     }
 
     /// Head norm and rotary embedding of `[tokens, heads * head_dim]`.

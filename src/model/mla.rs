@@ -119,6 +119,12 @@ impl Block {
             window: self.layer.window,
         };
         let flat = |x: Tensor| x.flatten_from(1)?.contiguous();
-        ops::attention(&flat(q)?, &flat(k)?, &flat(v)?, self.sinks.as_deref(), shape)
+        let sinks = self.sinks.as_deref();
+        ops::attention(
+            [&flat(q)?, &flat(k)?, &flat(v)?],
+            sinks,
+            shape,
+            key_value.precision(),
+        )
     }
 }

@@ -1,26 +1,36 @@
 //! Operations of a block that candle does not have in a fast form: each a candle custom op whose CPU side is a kernel
-//! of [`crate::numerics`]. A device kernel is added here, in `cuda_fwd`, and nowhere else.
+//! of [`crate::numerics`], and whose CUDA side is one of `src/device/kernels/forward.cu`.
 
 use super::spec::Activation;
+use crate::device;
 use crate::numerics::attention::{AttentionShape, attention as attention_kernel};
 use crate::numerics::elementwise::{clamped_swiglu_gate, gelu_tanh_gate, silu_gate};
 use crate::numerics::routing::add_gated_rows as add_gated_rows_kernel;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
+
+#[cfg(feature = "cuda")]
+use {
+    crate::device::cuda::{self, Arg, Threads},
+    candle_core::CudaStorage,
+};
 
 /// `activation(gate) * up`, both `[tokens, width]` f32.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     gate.apply_op2_no_bwd(up, &Gated(activation))
 }
 
-/// Causal attention: see [`crate::numerics::attention`].
+/// Causal attention of queries, keys and values: see [`crate::numerics::attention`], and [`crate::device::attention`], which takes them in
+/// `precision`.
 pub fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [q, k, v]: [&Tensor; 3],
     sinks: Option<&[f32]>,
     shape: AttentionShape,
+    precision: DType,
 ) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, v, &Attention(shape, sinks))
+    match q.device().is_cpu() && precision == DType::F32 {
+        true => q.apply_op3_no_bwd(k, v, &Attention(shape, sinks)),
+        false => device::attention::attention(q, k, v, sinks, shape, precision),
+    }
 }
 
 /// `out[tokens[i]] += gates[i] * rows[i]`, in place: `out` is `[tokens, width]`, `rows` `[tokens.len(), width]`.
@@ -50,6 +60,34 @@ impl CustomOp2 for Gated {
             Activation::ClampedSwiglu { alpha, limit } => clamped_swiglu_gate(&mut gate, up, alpha, limit),
         }
         Ok((CpuStorage::F32(gate), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (count, shape) = (l1.shape().elem_count(), l1.shape().clone());
+        let (activation, alpha, limit) = match self.0 {
+            Activation::Silu => (0, 0.0, 0.0),
+            Activation::GeluTanh => (1, 0.0, 0.0),
+            Activation::ClampedSwiglu { alpha, limit } => (2, alpha, limit),
+        };
+        let out = cuda::floats(&s1.device, DType::F32, count)?;
+        let args = [
+            cuda::pointer_at(&out, &Layout::contiguous(count))?,
+            cuda::pointer_at(s1, l1)?,
+            cuda::pointer_at(s2, l2)?,
+            Arg::U64(count as u64),
+            Arg::I32(activation),
+            Arg::F32(alpha),
+            Arg::F32(limit),
+        ];
+        cuda::launch(&s1.device, cuda::FORWARD, "gated", Threads::over(count, 1), &args)?;
+        Ok((out, shape))
     }
 }
 
@@ -97,6 +135,28 @@ impl InplaceOp2 for AddGatedRows<'_> {
             }
             _ => candle_core::bail!("this operation needs contiguous f32 tensors"),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s1: &mut CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<()> {
+        let (rows, width) = l2.shape().dims2()?;
+        let device = candle_core::Device::Cuda(s1.device.clone());
+        let tokens = Tensor::from_slice(self.tokens, rows, &device)?;
+        let gates = Tensor::from_slice(self.gates, rows, &device)?;
+        let args = [
+            cuda::pointer_at(s1, l1)?,
+            cuda::pointer_at(s2, l2)?,
+            cuda::pointer(&tokens)?,
+            cuda::pointer(&gates)?,
+            cuda::u32_arg(width)?,
+        ];
+        cuda::launch(
+            &s1.device,
+            cuda::FORWARD,
+            "add_gated_rows",
+            Threads::over(width, rows),
+            &args,
+        )
     }
 }
 

@@ -4,8 +4,9 @@ use super::block::{Block, Linear};
 use super::rotary::Rotary;
 use super::sites::{LinearSpec, SiteKind};
 use super::tower::Tower;
+use crate::device::Placement;
 use crate::error::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
@@ -31,9 +32,9 @@ impl Source {
     ///
     /// # Errors
     /// See [`Tower::open`].
-    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+    pub fn open(folder: &Path, placement: impl Into<Placement>) -> Result<Self> {
         Ok(Self {
-            tower: Tower::open(folder, device)?,
+            tower: Tower::open(folder, placement)?,
         })
     }
 

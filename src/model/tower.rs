@@ -9,9 +9,10 @@ use super::sites::LinearSpec;
 use super::spec::{BlockSpec, MixtureSpec, ModelSpec, TowerNames};
 use super::weights::widen;
 use crate::checkpoint::{Checkpoint, TensorView};
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::formats::{Reader, quantization_config};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +33,7 @@ pub struct Tower {
     names: TowerNames,
     /// Of weights that are stored quantized, if any are.
     pub(super) reader: Option<Reader>,
-    pub(super) device: Device,
+    pub(super) placement: Placement,
 }
 
 impl Tower {
@@ -40,7 +41,7 @@ impl Tower {
     ///
     /// # Errors
     /// An unreadable checkpoint, an unsupported architecture or quantization, or a tower whose tensors are missing or misshapen.
-    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+    pub fn open(folder: &Path, placement: impl Into<Placement>) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let mut spec = families::parse(checkpoint.config())?;
         let embedding =
@@ -67,7 +68,7 @@ impl Tower {
             checkpoint,
             spec,
             names,
-            device,
+            placement: placement.into(),
         };
         tower.check()?;
         Ok(tower)
@@ -114,6 +115,21 @@ impl Tower {
             }
         }
         Ok(())
+    }
+
+    /// Where its tensors are made.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// As [`Placement::device`].
+    pub(super) fn device(&self) -> &Device {
+        &self.placement.device
+    }
+
+    /// The dtype in which linears have their weights and take their inputs.
+    pub fn precision(&self) -> DType {
+        self.placement.precision(self.weight_dtype())
     }
 
     /// Decoder layers.
@@ -184,7 +200,7 @@ impl Tower {
                 shape: &[tokens.len(), self.spec.hidden_size],
                 ..table
             },
-            &self.device,
+            self.device(),
         )?;
         match self.spec.embedding_scale {
             Some(scale) => Ok((rows * f64::from(scale))?),
@@ -244,7 +260,7 @@ impl Tower {
             .block
             .ropes
             .iter()
-            .map(|rope| Rotary::new(rope, length, &self.device));
+            .map(|rope| Rotary::new(rope, length, self.device()));
         Ok(tables
             .map(|table| table.map(Arc::new))
             .collect::<Result<_, _>>()?)

@@ -6,10 +6,11 @@ use super::coded::panels;
 use super::sites::{FusedSlice, LinearSpec};
 use super::tower::Tower;
 use crate::checkpoint::TensorView;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::numerics::QuantizedWeight;
 use bytemuck::allocation::pod_collect_to_vec;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -77,13 +78,13 @@ impl Tower {
             let shape = self.shape(name)?;
             let values = self.read(name)?.dequantize(0, 0..shape[0])?;
             self.release(name);
-            return Ok(Tensor::from_vec(values, shape, &self.device)?);
+            return Ok(Tensor::from_vec(values, shape, self.device())?);
         }
         let view = self.checkpoint.tensor(name)?;
         let mut values = Vec::with_capacity(view.shape.iter().product());
         self.checkpoint
             .stream(name, |bytes| widen_onto(&mut values, name, view.dtype, bytes))?;
-        Ok(Tensor::from_vec(values, view.shape, &self.device)?)
+        Ok(Tensor::from_vec(values, view.shape, self.device())?)
     }
 
     /// The rows of the matrix `name` in f32, from the first to the last, a panel at a time: it is never whole in memory.
@@ -109,13 +110,13 @@ impl Tower {
             let (height, begin) = (rows.len(), rows.start);
             let panel = match (&coded, view) {
                 (Some(stored), _) => {
-                    Tensor::from_vec(stored.dequantize(0, rows)?, (height, columns), &self.device)?
+                    Tensor::from_vec(stored.dequantize(0, rows)?, (height, columns), self.device())?
                 }
                 (None, Some(view)) => {
                     let row_bytes = view.bytes.len() / shape[0];
                     let bytes = &view.bytes[begin * row_bytes..][..height * row_bytes];
                     let shape = &[height, columns];
-                    widen(&TensorView { bytes, shape, ..view }, &self.device)?
+                    widen(&TensorView { bytes, shape, ..view }, self.device())?
                 }
                 (None, None) => return Err(Error::invalid(name, "is missing", "")),
             };
@@ -159,7 +160,7 @@ impl Tower {
         if self.reader_of(name).is_some() {
             let values = self.read(name)?.dequantize(slice.expert, 0..shape[0])?;
             self.release(name);
-            return Ok(Tensor::from_vec(values, shape, &self.device)?);
+            return Ok(Tensor::from_vec(values, shape, self.device())?);
         }
         let all = self.checkpoint.tensor(name)?;
         let bytes = all.bytes.len() / slice.experts;
@@ -168,7 +169,7 @@ impl Tower {
             shape,
             ..all
         };
-        let tensor = widen(&view, &self.device)?;
+        let tensor = widen(&view, self.device())?;
         self.checkpoint.release(name);
         Ok(tensor)
     }
@@ -203,7 +204,23 @@ impl Tower {
         Ok(part(&all, linear.rows, slice)?)
     }
 
-    /// A linear as the checkpoint has it, in f32.
+    /// A weight whose stored dtype is the one that linears have; `None` for others.
+    fn load_as_stored(&self, name: &str) -> Result<Option<Tensor>> {
+        let dtype = match self.checkpoint.get(name).map(|view| view.dtype) {
+            Some(Dtype::BF16) => DType::BF16,
+            Some(Dtype::F16) => DType::F16,
+            _ => return Ok(None),
+        };
+        if dtype != self.precision() || self.reader_of(name).is_some() {
+            return Ok(None);
+        }
+        let view = self.checkpoint.tensor(name)?;
+        let weight = Tensor::from_raw_buffer(view.bytes, dtype, view.shape, self.device())?;
+        self.checkpoint.release(name);
+        Ok(Some(weight))
+    }
+
+    /// A linear as the checkpoint has it, in f32, or in the dtype of [`Tower::precision`] on a device.
     ///
     /// # Errors
     /// It is missing, misshapen or cannot be dequantized.
@@ -213,16 +230,19 @@ impl Tower {
             _ => {
                 let name = self.weight_name(block, linear);
                 self.expect(&name, &[linear.rows, linear.columns])?;
-                self.load(&name)?
+                match self.load_as_stored(&name)? {
+                    Some(weight) => weight,
+                    None => self.load(&name)?,
+                }
             }
         };
         Ok(Linear {
-            weight,
+            weight: weight.to_dtype(self.precision())?,
             bias: self.bias(block, linear)?,
         })
     }
 
-    /// A linear with another, quantized weight, dequantized to f32, and its own bias.
+    /// A linear with another, quantized weight, dequantized to f32, or to the dtype of [`Tower::precision`] on a device, and its own bias.
     ///
     /// # Errors
     /// The weight has another shape than config.json asks for.
@@ -244,7 +264,10 @@ impl Tower {
             ));
         }
         Ok(Linear {
-            weight: Tensor::from_vec(weight.dequantize(), shape, &self.device)?,
+            weight: match self.placement.on_device {
+                true => device::weights::dequantize(weight, self.precision(), self.device())?,
+                false => Tensor::from_vec(weight.dequantize(), shape, self.device())?,
+            },
             bias: self.bias(block, linear)?,
         })
     }

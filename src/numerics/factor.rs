@@ -84,6 +84,76 @@ pub struct Factoring<'a> {
     pub threads: usize,
 }
 
+/// A factor of a damped matrix, and what led to it.
+#[derive(Debug)]
+pub(crate) struct Damped<L> {
+    /// As [`Factor::order`].
+    pub(crate) order: Vec<usize>,
+    /// As [`Factor::lower`].
+    pub(crate) lower: L,
+    /// As [`Factor::damping`].
+    pub(crate) damping: Vec<f64>,
+    /// As [`Factor::damp_percent`].
+    pub(crate) damp_percent: f64,
+    /// As [`Factor::retries`].
+    pub(crate) retries: u32,
+    /// As [`Factor::dead`].
+    pub(crate) dead: usize,
+}
+
+/// Chooses order and damping by the diagonal of XᵀX, `energies`, and factors with more damping until it goes. `factor` is given the order from
+/// the last column to the first and the damped diagonal, in original order; it returns L, or the row of the pivot that is not positive.
+///
+/// # Errors
+/// See [`Factor::new`]; those of `factor`.
+pub(crate) fn damped<L>(
+    site: &str,
+    energies: &[f64],
+    damp_percent: f64,
+    column_order: ColumnOrder,
+    mut factor: impl FnMut(&[usize], &[f64]) -> Result<Result<L, usize>>,
+) -> Result<Damped<L>> {
+    let width = energies.len();
+    let failed = |pivot| Error::Factor {
+        site: site.into(),
+        pivot,
+    };
+    let mean = energies.iter().sum::<f64>() / width as f64;
+    if !(mean.is_finite() && mean >= 0.0) {
+        return Err(failed(0));
+    }
+    // With no token at all every column is plain rounding.
+    let mean = if mean > 0.0 { mean } else { 1.0 };
+    let mut order: Vec<usize> = (0..width).collect();
+    if column_order == ColumnOrder::Static {
+        order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]));
+    }
+    let reversed: Vec<usize> = order.iter().rev().copied().collect();
+    let alive = |energy: f64| if energy <= 0.0 { mean } else { energy };
+    let mut damp_percent = damp_percent;
+    let mut retries = 0;
+    loop {
+        let diagonal: Vec<f64> = (energies.iter())
+            .map(|&energy| alive(energy) + damp_percent * mean)
+            .collect();
+        match factor(&reversed, &diagonal)? {
+            Ok(lower) => {
+                return Ok(Damped {
+                    order,
+                    lower,
+                    damping: diagonal.iter().zip(energies).map(|(d, e)| d - e).collect(),
+                    damp_percent,
+                    retries,
+                    dead: energies.iter().filter(|energy| **energy <= 0.0).count(),
+                });
+            }
+            Err(pivot) if retries == DAMP_RETRIES_MAX => return Err(failed(reversed[pivot])),
+            Err(_) => damp_percent = damp_percent.max(1e-4) * DAMP_GROWTH,
+        }
+        retries += 1;
+    }
+}
+
 impl Factor {
     /// Factors `gram = XᵀX`, upper or full panels; `shift` is kept along. `site` is for the error alone.
     ///
@@ -94,57 +164,34 @@ impl Factor {
     /// The matrix is not finite, or stays indefinite after four tenfold increases of the damping; the room has none left.
     pub fn new(site: &str, gram: &Panels, shift: Option<Arc<Panels>>, how: Factoring<'_>) -> Result<Self> {
         let width = gram.width();
-        let energies = gram.diagonal();
-        let mean = energies.iter().sum::<f64>() / width as f64;
-        if !(mean.is_finite() && mean >= 0.0) {
-            return Err(Error::Factor {
-                site: site.into(),
-                pivot: 0,
-            });
-        }
-        // With no token at all every column is plain rounding.
-        let mean = if mean > 0.0 { mean } else { 1.0 };
-        let mut order: Vec<usize> = (0..width).collect();
-        if how.column_order == ColumnOrder::Static {
-            order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]));
-        }
-        let dead = energies.iter().filter(|energy| **energy <= 0.0).count();
-        let alive = |energy: f64| if energy <= 0.0 { mean } else { energy };
-        let reversed: Vec<usize> = order.iter().rev().copied().collect();
         let mut row_of_gram = vec![0.0; width];
-        let mut damp_percent = how.damp_percent;
-        for retries in 0..=DAMP_RETRIES_MAX {
-            let damped = |i: usize| alive(energies[i]) + damp_percent * mean;
-            let mut lower = Panels::from_rows(width, Shape::Lower, how.room, |row, values| {
-                gram.copy_row(reversed[row], &mut row_of_gram);
-                for (value, &column) in values[..row].iter_mut().zip(&reversed) {
-                    *value = row_of_gram[column];
-                }
-                values[row] = damped(reversed[row]);
-            })?;
-            match cholesky(&mut lower, how.threads) {
-                Ok(()) => {
-                    return Ok(Self {
-                        damping: (0..width).map(|i| damped(i) - energies[i]).collect(),
-                        order,
-                        lower,
-                        gram: None,
-                        shift,
-                        damp_percent,
-                        retries,
-                        dead,
-                    });
-                }
-                Err(pivot) if retries == DAMP_RETRIES_MAX => {
-                    return Err(Error::Factor {
-                        site: site.into(),
-                        pivot: reversed[pivot],
-                    });
-                }
-                Err(_) => damp_percent = damp_percent.max(1e-4) * DAMP_GROWTH,
-            }
-        }
-        unreachable!("the last retry returns")
+        let energies = gram.diagonal();
+        let damped = damped(
+            site,
+            &energies,
+            how.damp_percent,
+            how.column_order,
+            |reversed, diagonal| {
+                let mut lower = Panels::from_rows(width, Shape::Lower, how.room, |row, values| {
+                    gram.copy_row(reversed[row], &mut row_of_gram);
+                    for (value, &column) in values[..row].iter_mut().zip(reversed) {
+                        *value = row_of_gram[column];
+                    }
+                    values[row] = diagonal[reversed[row]];
+                })?;
+                Ok(cholesky(&mut lower, how.threads).map(|()| lower))
+            },
+        )?;
+        Ok(Self {
+            damping: damped.damping,
+            order: damped.order,
+            lower: damped.lower,
+            gram: None,
+            shift,
+            damp_percent: damped.damp_percent,
+            retries: damped.retries,
+            dead: damped.dead,
+        })
     }
 
     /// Keeps XᵀX, full panels: refinement needs it.
@@ -335,7 +382,7 @@ fn eliminate(before: &[Region<f64>], own: &mut [f64], stride: usize) {
 }
 
 /// Cholesky of a block in memory; the half above the diagonal is left as it was.
-fn factor_block(mut block: MatMut<'_, f64>) -> Result<(), usize> {
+pub(crate) fn factor_block(mut block: MatMut<'_, f64>) -> Result<(), usize> {
     let width = block.nrows();
     let scratch = llt::factor::cholesky_in_place_scratch::<f64>(width, Par::Seq, Default::default());
     let mut memory = faer::dyn_stack::MemBuffer::new(scratch);

@@ -2,7 +2,8 @@
 //! says that no worker has a batch of the step left, the step's owner hands the sums on.
 
 use super::local::Local;
-use super::records::{Inputs, Merged, SiteInput};
+use super::records::{Inputs, Merged, SiteInput, Summed};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
 use crate::statistics::{Accumulator, Exponents, SiteStatistics};
@@ -18,28 +19,77 @@ use timely::dataflow::operators::{Capability, Operator};
 
 /// Sums of the steps in work, shared by the workers of a process.
 #[derive(Debug, Default)]
-pub struct Sums(Mutex<BTreeMap<Of, Arc<Accumulator>>>);
+pub struct Sums(Mutex<BTreeMap<Of, Arc<Adding>>>);
+
+/// Sums of a site that are added to, where the activations are.
+#[derive(Debug)]
+enum Adding {
+    Host(Accumulator),
+    Device(device::sums::Sums),
+}
+
+impl Adding {
+    /// Zero sums, with exponents from the probe's input `x`.
+    fn new(local: &Local, step: u64, x: &Tensor) -> Result<Self> {
+        let shared = &local.shared;
+        let exponents = Exponents::from_probe(&values(x)?, x.dim(1)?);
+        let products = shared.pass.products();
+        let tower = &shared.tower;
+        Ok(match tower.placement().on_device {
+            true => Self::Device(device::sums::Sums::new(
+                exponents,
+                products,
+                tower.precision(),
+                x.device(),
+            )?),
+            false => Self::Host(SiteStatistics::new(exponents, products, &shared.room(step))?.into()),
+        })
+    }
+
+    fn add(&self, record: &Inputs, input: &SiteInput) -> Result<()> {
+        let (original, times) = (input.original.as_ref(), record.multiplicity);
+        match (self, record.held_out) {
+            (Self::Host(sums), true) => sums.add_held_out(&values(&input.x)?, times),
+            (Self::Host(sums), false) => {
+                let original = original.map(values).transpose()?;
+                sums.add(&values(&input.x)?, original.as_deref(), times)
+            }
+            (Self::Device(sums), true) => sums.add_held_out(&input.x, times),
+            (Self::Device(sums), false) => sums.add(&input.x, original, times),
+        }
+    }
+
+    fn finish(self) -> Result<Summed> {
+        match self {
+            Self::Host(sums) => Ok(Summed::Host(sums.finish()?)),
+            Self::Device(sums) => {
+                sums.check()?;
+                Ok(Summed::Device(Arc::new(sums)))
+            }
+        }
+    }
+}
 
 /// Step and site.
 type Of = (u64, SiteKind);
 
 impl Sums {
-    fn begin(&self, of: Of, new: impl FnOnce() -> Result<SiteStatistics>) -> Result<()> {
+    fn begin(&self, of: Of, new: impl FnOnce() -> Result<Adding>) -> Result<()> {
         let mut sums = self.0.lock().map_err(|_| poisoned())?;
         if let Entry::Vacant(place) = sums.entry(of) {
-            place.insert(Arc::new(Accumulator::from(new()?)));
+            place.insert(Arc::new(new()?));
         }
         Ok(())
     }
 
-    fn get(&self, of: Of) -> Result<Arc<Accumulator>> {
+    fn get(&self, of: Of) -> Result<Arc<Adding>> {
         let sums = self.0.lock().map_err(|_| poisoned())?;
         let sums = sums.get(&of).cloned();
         sums.ok_or_else(|| Error::Worker("a batch came before the probe".into()))
     }
 
     /// Sums to which nobody adds any more: every batch has reached the step.
-    fn take(&self, of: Of) -> Result<SiteStatistics> {
+    fn take(&self, of: Of) -> Result<Summed> {
         let sums = self.0.lock().map_err(|_| poisoned())?.remove(&of);
         sums.and_then(Arc::into_inner)
             .ok_or_else(|| Error::Worker("a step ended before its sums were complete".into()))?
@@ -107,20 +157,11 @@ fn add(local: &Local, step: u64, record: &Inputs) -> Result<()> {
 
 fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Result<()> {
     let shared = &local.shared;
-    let x = values(&input.x)?;
     if record.probe {
-        return shared.sums.begin((step, input.site), || {
-            let exponents = Exponents::from_probe(&x, x.len() / shared.probe.len());
-            SiteStatistics::new(exponents, shared.pass.products(), &shared.room(step))
-        });
+        return (shared.sums).begin((step, input.site), || Adding::new(local, step, &input.x));
     }
     let sums = shared.sums.get((step, input.site))?;
-    let original = input.original.as_ref().map(values).transpose()?;
-    let added = match record.held_out {
-        true => sums.add_held_out(&x, record.multiplicity),
-        false => sums.add(&x, original.as_deref(), record.multiplicity),
-    };
-    added.map_err(|error| {
+    sums.add(record, input).map_err(|error| {
         let ((block, _), site) = (shared.plan.step(step), input.site);
         Error::invalid(
             format!("block {block}, input of {site:?}"),

@@ -1,10 +1,10 @@
-//! The activation store: what lies between two stages, per batch and stream. Resident up to a budget, in a scratch
-//! file beyond it.
+//! The activation store: what lies between two stages, per batch and stream. On the device, where there is one, up to a budget, then in
+//! memory up to another, in a scratch file beyond that.
 
 use crate::error::{Error, Result};
 use crate::storage::ScratchFile;
 use bytemuck::cast_slice;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
@@ -49,6 +49,20 @@ pub enum Precision {
     F32,
 }
 
+impl Precision {
+    fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     rows: usize,
@@ -59,9 +73,31 @@ struct Entry {
 
 #[derive(Debug)]
 enum Place {
+    /// Where the model runs, if not in memory.
+    Device(Tensor),
     Resident(Vec<u8>),
     /// Offset in the scratch file.
     Spilled(u64),
+}
+
+/// Bytes in use, and how many there may be.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    bytes: usize,
+    most: usize,
+}
+
+impl Used {
+    fn none_of(most: usize) -> Self {
+        Self { bytes: 0, most }
+    }
+
+    /// Takes `bytes`, where there is room.
+    fn take(&mut self, bytes: usize) -> bool {
+        let fits = self.bytes + bytes <= self.most;
+        self.bytes += if fits { bytes } else { 0 };
+        fits
+    }
 }
 
 /// A worker's activations.
@@ -70,8 +106,9 @@ pub struct ActivationStore {
     entries: BTreeMap<Key, Entry>,
     /// Room in the scratch file of entries that were spilled once, by key: it is used again.
     rooms: BTreeMap<Key, (u64, usize)>,
-    resident: usize,
-    resident_max: usize,
+    resident: Used,
+    on_device: Used,
+    device: Device,
     site_precision: Precision,
     folder: PathBuf,
     scratch: Option<ScratchFile>,
@@ -84,8 +121,9 @@ impl ActivationStore {
         Self {
             entries: BTreeMap::new(),
             rooms: BTreeMap::new(),
-            resident: 0,
-            resident_max,
+            resident: Used::none_of(resident_max),
+            on_device: Used::none_of(0),
+            device: Device::Cpu,
             site_precision,
             folder: folder.to_owned(),
             scratch: None,
@@ -93,15 +131,38 @@ impl ActivationStore {
         }
     }
 
+    /// Keeps at most `most` bytes on `device`, before any elsewhere.
+    pub fn with_device(mut self, device: Device, most: usize) -> Self {
+        self.device = device;
+        self.on_device = Used::none_of(most);
+        self
+    }
+
     /// Keeps `value`, `[rows, columns]` f32, under `key`, in place of what was there.
     pub fn put(&mut self, key: Key, value: &Tensor) -> Result<()> {
         self.forget(key);
         let (rows, columns) = value.dims2()?;
-        let values = value.flatten_all()?.to_vec1::<f32>()?;
         let precision = match key.2 {
             Slot::Residual | Slot::Mixture => Precision::F32,
             Slot::SiteInput | Slot::Latents => self.site_precision,
         };
+        let place = match self.on_device.take(rows * columns * precision.bytes()) {
+            true => Place::Device(value.to_dtype(precision.dtype())?),
+            false => self.place(key, value, precision)?,
+        };
+        let entry = Entry {
+            rows,
+            columns,
+            precision,
+            place,
+        };
+        self.entries.insert(key, entry);
+        Ok(())
+    }
+
+    /// In memory, or in the scratch file.
+    fn place(&mut self, key: Key, value: &Tensor, precision: Precision) -> Result<Place> {
+        let values = value.flatten_all()?.to_vec1::<f32>()?;
         let bytes: Vec<u8> = match precision {
             Precision::F32 => cast_slice(&values).to_vec(),
             Precision::Bf16 => {
@@ -115,20 +176,10 @@ impl ActivationStore {
                 cast_slice(narrow.reinterpret_cast()).to_vec()
             }
         };
-        let place = if self.resident + bytes.len() <= self.resident_max {
-            self.resident += bytes.len();
-            Place::Resident(bytes)
-        } else {
-            Place::Spilled(self.spill(key, &bytes)?)
-        };
-        let entry = Entry {
-            rows,
-            columns,
-            precision,
-            place,
-        };
-        self.entries.insert(key, entry);
-        Ok(())
+        Ok(match self.resident.take(bytes.len()) {
+            true => Place::Resident(bytes),
+            false => Place::Spilled(self.spill(key, &bytes)?),
+        })
     }
 
     fn spill(&mut self, key: Key, bytes: &[u8]) -> Result<u64> {
@@ -171,10 +222,10 @@ impl ActivationStore {
         let count = entry.rows * entry.columns;
         let read;
         let bytes: &[u8] = match (&entry.place, &self.scratch) {
+            (Place::Device(value), _) => return Ok(Some(value.to_dtype(DType::F32)?)),
             (Place::Resident(bytes), _) => bytes,
             (Place::Spilled(offset), Some(scratch)) => {
-                let width = if entry.precision == Precision::F32 { 4 } else { 2 };
-                let mut buffer = vec![0; count * width];
+                let mut buffer = vec![0; count * entry.precision.bytes()];
                 scratch.read_at(&mut buffer, *offset)?;
                 read = buffer;
                 &read
@@ -194,7 +245,7 @@ impl ActivationStore {
         Ok(Some(Tensor::from_vec(
             values,
             (entry.rows, entry.columns),
-            &Device::Cpu,
+            &self.device,
         )?))
     }
 
@@ -206,12 +257,12 @@ impl ActivationStore {
     }
 
     fn forget(&mut self, key: Key) {
-        if let Some(Entry {
-            place: Place::Resident(bytes),
-            ..
-        }) = self.entries.remove(&key)
-        {
-            self.resident -= bytes.len();
+        match self.entries.remove(&key).map(|entry| entry.place) {
+            Some(Place::Device(value)) => {
+                self.on_device.bytes -= value.elem_count() * value.dtype().size_in_bytes();
+            }
+            Some(Place::Resident(bytes)) => self.resident.bytes -= bytes.len(),
+            Some(Place::Spilled(_)) | None => {}
         }
     }
 }

@@ -3,8 +3,10 @@
 
 use super::local::Local;
 use super::records::Factored;
+use crate::device::solver::rows_at_a_time;
 use crate::error::Result;
-use crate::plan::CHUNK_ROWS;
+use crate::plan::{CHUNK_ROWS, PlannedLinear};
+use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
@@ -26,18 +28,34 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Its original weights, `[rows, columns]`.
+    /// Its original weights, `[rows, columns]`, where the linear is.
     ///
     /// # Errors
     /// They cannot be read.
-    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
+    pub fn tensor(&self, local: &Local) -> Result<Tensor> {
         let shared = &local.shared;
         let planned = &shared.plan.linears[self.linear];
-        let first = self.chunk * CHUNK_ROWS;
-        let rows = CHUNK_ROWS.min(planned.rows - first);
+        let height = chunk_rows(local, planned);
+        let first = self.chunk * height;
+        let rows = height.min(planned.rows - first);
         let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
-        let weight = originals[planned.slot].weight.narrow(0, first, rows)?;
-        Ok(weight.flatten_all()?.to_vec1()?)
+        Ok(originals[planned.slot].weight.narrow(0, first, rows)?)
+    }
+
+    /// [`Self::tensor`] in memory, row-major.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
+        Ok(self.tensor(local)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// Rows of a chunk: what fits a core's caches, or all that a device has room for.
+fn chunk_rows(local: &Local, linear: &PlannedLinear) -> usize {
+    match local.shared.tower.placement().on_device {
+        true => rows_at_a_time(linear.columns),
+        false => CHUNK_ROWS,
     }
 }
 
@@ -61,7 +79,8 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                 for factored in data.flat_map(|container| container.drain(..)) {
                     let linears = local.shared.plan.step_linears(step).iter();
                     let chunks = linears.flat_map(|linear| {
-                        (0..linear.rows.div_ceil(CHUNK_ROWS)).map(move |chunk| (linear, chunk))
+                        (0..linear.rows.div_ceil(chunk_rows(&local, linear)))
+                            .map(move |chunk| (linear, chunk))
                     });
                     let own = chunks.enumerate().filter(|(i, (linear, _))| {
                         i % local.peers == local.index && factored.site.is_none_or(|site| site == linear.site)

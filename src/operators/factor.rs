@@ -2,7 +2,8 @@
 
 use super::experts::shrinkage;
 use super::local::Local;
-use super::records::{Factored, Merged};
+use super::records::{Factored, Merged, SiteFactors, Summed};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::Room;
 use crate::model::SiteKind;
@@ -58,7 +59,7 @@ pub fn factor<'scope>(
     factors.broadcast()
 }
 
-fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: SiteStatistics) -> Result<Factored> {
+fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: Summed) -> Result<Factored> {
     let plan = &local.shared.plan;
     let (block, _) = plan.step(step);
     let linears = plan.step_linears(step).iter();
@@ -77,6 +78,38 @@ fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: SiteStatist
         }
         _ => (summed, 0.0),
     };
+    let damps = recipe.damp_percent.candidates().into_iter();
+    let damps = damps.map(|damp_percent| damp_percent + shrinkage);
+    let factors = match statistics {
+        Summed::Host(statistics) => on_host(local, step, name, statistics, damps)?,
+        Summed::Device(sums) => {
+            let refined = recipe.refine_rounds() > 0;
+            let factor = |damp| {
+                let factor = device::factor::Factor::new(name, &sums, damp, recipe.actorder, refined)?;
+                Ok(Arc::new(factor))
+            };
+            SiteFactors::Device {
+                factors: damps.map(factor).collect::<Result<_>>()?,
+                held_out: device::factor::held_out(&sums)?,
+            }
+        }
+    };
+    Ok(Factored {
+        site: Some(site),
+        factors,
+        tokens,
+        borrowed: summed - tokens.min(summed),
+    })
+}
+
+fn on_host(
+    local: &Local,
+    step: u64,
+    name: &str,
+    statistics: SiteStatistics,
+    damps: impl Iterator<Item = f64>,
+) -> Result<SiteFactors> {
+    let recipe = &local.shared.plan.recipe;
     let products = statistics.into_products();
     let gram = products
         .gram
@@ -92,7 +125,7 @@ fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: SiteStatist
     let gram = Arc::new(gram);
     let factor = |damp_percent| {
         let how = Factoring {
-            damp_percent: damp_percent + shrinkage,
+            damp_percent,
             column_order: recipe.actorder,
             room: &room,
             threads: local.peers,
@@ -103,12 +136,8 @@ fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: SiteStatist
             false => factor,
         }))
     };
-    let damps = recipe.damp_percent.candidates().into_iter();
-    Ok(Factored {
-        site: Some(site),
+    Ok(SiteFactors::Host {
         factors: damps.map(factor).collect::<Result<_>>()?,
         held_out: products.held_out.map(Arc::new),
-        tokens,
-        borrowed: summed - tokens.min(summed),
     })
 }

@@ -3,7 +3,7 @@
 
 use super::at_step_end;
 use super::local::Local;
-use super::records::{Go, Merged};
+use super::records::{Go, Merged, Summed};
 use crate::artifact::Artifact;
 use crate::ledger::Record;
 use std::path::PathBuf;
@@ -37,7 +37,11 @@ pub fn keep<'scope>(
             merged.sort_by_key(|merged| merged.site);
             for Merged { site, statistics, .. } in merged {
                 // A later part of a site that is summed already.
-                let Some(mut sums) = statistics else { continue };
+                let mut sums = match statistics {
+                    None => continue,
+                    Some(Summed::Host(sums)) => sums,
+                    Some(Summed::Device(sums)) => sums.to_statistics(&shared.room(step))?,
+                };
                 if !artifact.header.blocks.is_empty() {
                     sums.merge(&artifact.site(block, site, &shared.room(step))?)?;
                 }

@@ -2,8 +2,9 @@
 
 use super::experts::Reached;
 use super::local::Local;
-use super::records::{Go, Merged};
+use super::records::{Go, Merged, Summed};
 use crate::artifact::Artifact;
+use crate::device::sums::Sums;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
 use crate::statistics::SiteStatistics;
@@ -45,7 +46,7 @@ pub fn load<'scope>(
     })
 }
 
-fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result<Option<SiteStatistics>> {
+fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result<Option<Summed>> {
     let plan = &local.shared.plan;
     let (block, _) = plan.step(step);
     if !plan.leads(step) || !plan.is_summed(block, site) {
@@ -64,7 +65,7 @@ fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result
     let sums = artifact.site(block, site, &local.shared.room(step))?;
     let wanted = plan.step_linears(step).first().map(|linear| linear.columns);
     match wanted == Some(sums.width()) {
-        true => Ok(Some(sums)),
+        true => Ok(Some(placed(local, sums)?)),
         false => Err(Error::invalid(
             artifact.folder().display().to_string(),
             format!(
@@ -74,4 +75,18 @@ fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result
             "the artifact is damaged: collect the statistics anew",
         )),
     }
+}
+
+/// The sums where the solver wants them.
+fn placed(local: &Local, sums: SiteStatistics) -> Result<Summed> {
+    let tower = &local.shared.tower;
+    let placement = tower.placement();
+    Ok(match placement.on_device {
+        true => Summed::Device(Arc::new(Sums::from_statistics(
+            &sums,
+            tower.precision(),
+            &placement.device,
+        )?)),
+        false => Summed::Host(sums),
+    })
 }

@@ -2,7 +2,7 @@
 
 use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
-use super::records::{Factored, PredictedChunk};
+use super::records::{Factored, PredictedChunk, SiteFactors};
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::predict::predicted_loss;
@@ -34,8 +34,12 @@ fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<Predicte
             losses,
         });
     };
-    let Some(factor) = given.factored.factors.first() else {
-        return Err(Error::Worker(format!("{} has no factor", planned.name)));
+    let factor = match &given.factored.factors {
+        SiteFactors::Host { factors, .. } => factors.first(),
+        SiteFactors::Device { .. } => None,
+    };
+    let Some(factor) = factor else {
+        return Err(Error::Worker(format!("{} has no factor in memory", planned.name)));
     };
     let weights = given.weights(local)?;
     let importance = factor.importance();

@@ -1,5 +1,6 @@
 //! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
 
+use crate::device::{self, sums::Sums};
 use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
 use crate::numerics::factor::Factor;
@@ -47,7 +48,35 @@ pub struct Merged {
     /// The site.
     pub site: SiteKind,
     /// None where nothing is to be solved from them, or an earlier step has them.
-    pub statistics: Option<SiteStatistics>,
+    pub statistics: Option<Summed>,
+}
+
+/// The sums of a site, where they were made. Those on a device do not leave their process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Summed {
+    /// In memory, or in scratch files.
+    Host(SiteStatistics),
+    /// On the device.
+    #[serde(skip)]
+    Device(Arc<Sums>),
+}
+
+impl Summed {
+    /// Channels.
+    pub fn width(&self) -> usize {
+        match self {
+            Self::Host(sums) => sums.width(),
+            Self::Device(sums) => sums.width(),
+        }
+    }
+
+    /// Tokens that were added, less those that were taken away.
+    pub fn tokens(&self) -> i64 {
+        match self {
+            Self::Host(sums) => sums.tokens(),
+            Self::Device(sums) => sums.tokens(),
+        }
+    }
 }
 
 /// The factor of a site, for every worker.
@@ -55,15 +84,42 @@ pub struct Merged {
 pub struct Factored {
     /// The site; none for all of a step's linears.
     pub site: Option<SiteKind>,
-    /// None where the step has nothing to quantize, or the method needs no statistics; several, with different damping, to choose
-    /// from by the held-out error.
-    pub factors: Vec<Arc<Factor>>,
-    /// XᵀX over held-out tokens, upper panels.
-    pub held_out: Option<Arc<Panels>>,
+    /// The factors, and what to choose from them by.
+    pub factors: SiteFactors,
     /// Tokens that reached the site.
     pub tokens: u64,
     /// Tokens that an expert borrowed: they were sent to others, and count in the place of those that it lacks.
     pub borrowed: u64,
+}
+
+/// The factors of a site, where its sums were. None where the step has nothing to quantize, or the method needs no statistics; several, with
+/// different damping, to choose from by the held-out error.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum SiteFactors {
+    /// In memory, or in scratch files.
+    Host {
+        /// By damping.
+        factors: Vec<Arc<Factor>>,
+        /// XᵀX over held-out tokens, upper panels.
+        held_out: Option<Arc<Panels>>,
+    },
+    /// On the device.
+    #[serde(skip)]
+    Device {
+        /// By damping.
+        factors: Vec<Arc<device::factor::Factor>>,
+        /// XᵀX over held-out tokens, whole.
+        held_out: Option<Tensor>,
+    },
+}
+
+impl Default for SiteFactors {
+    fn default() -> Self {
+        Self::Host {
+            factors: Vec::new(),
+            held_out: None,
+        }
+    }
 }
 
 /// Some rows of a linear, solved.

@@ -2,13 +2,14 @@
 
 use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
-use super::records::{FactorFacts, Factored, SolvedChunk};
-use crate::error::Result;
+use super::records::{FactorFacts, Factored, SiteFactors, SolvedChunk};
+use crate::device;
+use crate::error::{Error, Result};
 use crate::numerics::Grid;
-use crate::numerics::factor::Factor;
 use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use crate::report::thread_cpu;
+use candle_core::Tensor;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -25,32 +26,18 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
     let begin = thread_cpu();
     let plan = &local.shared.plan;
     let planned = &plan.linears[given.linear];
-    let factored = &given.factored;
-    let solved = match planned.to_solve() {
+    let solution = match planned.to_solve() {
         None => None,
-        Some(grid) => {
-            let weights = given.weights(local)?;
-            let recipe = &plan.recipe;
-            let options = GptqOptions {
-                match_original: recipe.match_original,
-                refine_rounds: recipe.refine_rounds(),
-            };
-            match factored.factors.is_empty() {
-                true => Some((round_to_nearest(&weights, planned.columns, grid), None, None)),
-                false => best(&weights, factored, grid, options),
-            }
-        }
+        Some(grid) => Some(solve_rows(local, &given, grid)?),
     };
-    let (rows, factor, held_out) = solved.map_or((None, None, None), |(rows, factor, held_out)| {
-        (Some(rows), factor, held_out)
-    });
-    let facts = factor.map(|factor| FactorFacts {
-        tokens: factored.tokens,
-        borrowed: factored.borrowed,
-        damp_percent: factor.damp_percent,
-        retries: factor.retries,
-        dead: factor.dead,
-    });
+    let (rows, facts, held_out) = match solution {
+        None => (None, None, None),
+        Some(Solution {
+            rows,
+            facts,
+            held_out,
+        }) => (Some(rows), facts, held_out),
+    };
     Ok(SolvedChunk {
         linear: given.linear,
         chunk: given.chunk,
@@ -61,22 +48,81 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
     })
 }
 
-/// Rows, the factor that gave them, and their error and energy over held-out tokens.
-type Solution<'a> = (SolvedRows, Option<&'a Factor>, Option<(f64, f64)>);
+/// Rows, what the report tells of the factor that gave them, and their error and energy over held-out tokens.
+struct Solution {
+    rows: SolvedRows,
+    facts: Option<FactorFacts>,
+    held_out: Option<(f64, f64)>,
+}
 
 /// Solves with each factor, and keeps what has the smallest error over held-out tokens.
-fn best<'a>(
-    weights: &[f32],
-    factored: &'a Factored,
-    grid: Grid,
-    options: GptqOptions,
-) -> Option<Solution<'a>> {
-    let solutions = factored.factors.iter().map(|factor| {
-        let rows = gptq(weights, factor, grid, options);
-        let measure = |hessian: &Arc<Panels>| output_error(weights, &rows.weight.dequantize(), hessian);
-        let held_out = factored.held_out.as_ref().map(measure);
-        (rows, Some(factor.as_ref()), held_out)
-    });
-    let error = |solution: &Solution<'_>| solution.2.map_or(0.0, |(error, _)| error);
-    solutions.min_by(|a, b| error(a).total_cmp(&error(b)))
+fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
+    let (recipe, factored) = (&local.shared.plan.recipe, &given.factored);
+    let options = GptqOptions {
+        match_original: recipe.match_original,
+        refine_rounds: recipe.refine_rounds(),
+    };
+    let facts = |damp_percent, retries, dead| {
+        Some(FactorFacts {
+            tokens: factored.tokens,
+            borrowed: factored.borrowed,
+            damp_percent,
+            retries,
+            dead,
+        })
+    };
+    let plain = |rows| Solution {
+        rows,
+        facts: None,
+        held_out: None,
+    };
+    match &factored.factors {
+        SiteFactors::Host { factors, .. } if factors.is_empty() => {
+            let rows = match local.shared.tower.placement().on_device {
+                true => device::solver::round_to_nearest(&given.tensor(local)?, grid)?,
+                false => round_to_nearest(
+                    &given.weights(local)?,
+                    local.shared.plan.linears[given.linear].columns,
+                    grid,
+                ),
+            };
+            Ok(plain(rows))
+        }
+        SiteFactors::Host { factors, held_out } => {
+            let weights = given.weights(local)?;
+            best(factors.iter().map(|factor| {
+                let rows = gptq(&weights, factor, grid, options);
+                let measure =
+                    |hessian: &Arc<Panels>| output_error(&weights, &rows.weight.dequantize(), hessian);
+                Ok(Solution {
+                    facts: facts(factor.damp_percent, factor.retries, factor.dead),
+                    held_out: held_out.as_ref().map(measure),
+                    rows,
+                })
+            }))
+        }
+        SiteFactors::Device { factors, held_out } => {
+            let weights = given.tensor(local)?;
+            best(factors.iter().map(|factor| {
+                let rows = device::solver::gptq(&weights, factor, grid, options)?;
+                let measure =
+                    |hessian: &Tensor| device::solver::output_error(&weights, &rows.weight, hessian);
+                let damped = &factor.damped;
+                Ok(Solution {
+                    facts: facts(damped.damp_percent, damped.retries, damped.dead),
+                    held_out: held_out.as_ref().map(measure).transpose()?,
+                    rows,
+                })
+            }))
+        }
+    }
+}
+
+fn best(solutions: impl Iterator<Item = Result<Solution>>) -> Result<Solution> {
+    let error = |solution: &Solution| solution.held_out.map_or(0.0, |(error, _)| error);
+    let solutions: Vec<Solution> = solutions.collect::<Result<_>>()?;
+    solutions
+        .into_iter()
+        .min_by(|a, b| error(a).total_cmp(&error(b)))
+        .ok_or_else(|| Error::Worker("a site has no factor".into()))
 }

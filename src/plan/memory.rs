@@ -2,6 +2,8 @@
 //! budget is kept, and what is left for activations.
 
 use super::{CHUNK_ROWS, Plan, PlannedLinear};
+use crate::device::solver::rows_at_a_time;
+use crate::device::sums::PANEL_ROWS as DEVICE_PANEL_ROWS;
 use crate::error::{Error, Result};
 use crate::numerics::panels::{PANEL_ROWS, Shape};
 
@@ -12,6 +14,11 @@ const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
 /// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
 /// few, little beside what a mixture of experts needs to run at all.
 const GROUP_BYTES: u64 = 1 << 30;
+
+/// Context, cuBLAS and cuSOLVER workspaces, kernels.
+const DEVICE_BASE_BYTES: u64 = 768 << 20;
+/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, those of the refinement, temporaries.
+const DEVICE_SOLVER_MATRICES: u64 = 12;
 
 /// Which graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +65,10 @@ pub struct Fit {
     pub scratch_bytes: u64,
     /// Steps whose matrices lie in scratch files.
     pub spilled: Vec<bool>,
+    /// Predicted peak of bytes on the device.
+    pub peak_device_bytes: u64,
+    /// The share of it that activations may take, over all workers.
+    pub device_activation_bytes: u64,
 }
 
 impl Fit {
@@ -156,6 +167,38 @@ impl Plan {
             resident_activation_bytes: resident,
             scratch_bytes: activations - resident + (0..self.steps()).map(in_files).max().unwrap_or(0),
             spilled,
+            ..Fit::default()
+        })
+    }
+
+    /// Fits what is on the device into `memory` bytes there; activations have what the largest step leaves.
+    ///
+    /// # Errors
+    /// They hold no step.
+    pub fn fit_device(&self, fit: Fit, load: &Load, memory: u64) -> Result<Fit> {
+        let Some(weight_bytes) = self.device_weight_bytes else {
+            return Ok(fit);
+        };
+        let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
+        let fixed = DEVICE_BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
+        if fixed > memory {
+            return Err(Error::usage(
+                "--device-memory",
+                format!("{memory} bytes do not hold one step of this model"),
+                format!("the smallest budget that would is {fixed} bytes; --device cpu needs none"),
+            ));
+        }
+        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
+        let on_device = activations.min(memory - fixed);
+        let elsewhere = activations - on_device;
+        let resident = fit.resident_activation_bytes.min(elsewhere);
+        Ok(Fit {
+            peak_device_bytes: fixed + on_device,
+            device_activation_bytes: on_device,
+            peak_host_bytes: fit.peak_host_bytes - fit.resident_activation_bytes + resident,
+            resident_activation_bytes: resident,
+            scratch_bytes: elsewhere - resident,
+            ..fit
         })
     }
 
@@ -198,6 +241,45 @@ impl Plan {
     }
 }
 
+/// Predicted peak of a step's bytes on the device, activations between steps aside: see [`crate::device`].
+fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
+    let recipe = &plan.recipe;
+    let matching = load.streams as u64 - 1;
+    let held_out = u64::from(matches!(load.graph, Graph::Solve { held_out: true }));
+    let weights = |linears: &[PlannedLinear]| -> u64 {
+        let elements = linears.iter().map(|linear| (linear.rows * linear.columns) as u64);
+        elements.sum::<u64>() * weight_bytes
+    };
+    let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
+    let width = linears.first().map_or(0, |linear| linear.columns) as u64;
+    let sites = plan.step_sites(step).len() as u64;
+    let square = width * width * 8;
+    let held = (weights(linears) + weights(before)) * (1 + matching);
+    let (sums, factors) = match load.graph {
+        Graph::DataFree => (0, 0),
+        _ => (
+            sites * square * (1 + matching + held_out),
+            sites
+                * square
+                * (recipe.damp_percent.candidates().len() as u64
+                    * (1 + u64::from(recipe.refine_rounds() > 0) + matching)
+                    + held_out),
+        ),
+    };
+    // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
+    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
+    let batch =
+        load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + DEVICE_PANEL_ROWS as u64 * width * 4;
+    let rows = linears
+        .iter()
+        .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
+        .max();
+    let matrices = DEVICE_SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
+    // L in single precision, for the energy.
+    let solve = factors + matrices + square / 2;
+    held + (batch + sums).max(sums + factors).max(solve)
+}
+
 /// Bytes that a step has resident in each of its phases, activations between steps aside.
 struct Needs {
     /// Exact sums.
@@ -217,7 +299,30 @@ struct Needs {
 }
 
 impl Needs {
+    /// What is left for the host where sums, factors and codes are made on a device: weights on their way there, codes on their way back.
+    fn beside_device(plan: &Plan, load: &Load, step: u64) -> Self {
+        let elements = |linear: &PlannedLinear| (linear.rows * linear.columns) as u64;
+        let linears = plan.step_linears(step).iter();
+        let carriers = plan.carrying(plan.carriers(step)).iter();
+        let weights = 4 * linears.clone().chain(carriers).map(elements).max().unwrap_or(0);
+        let quantized = linears.filter(|linear| linear.grid.is_some());
+        let codes: u64 = quantized.map(elements).sum();
+        let width = plan.step_linears(step).first().map_or(0, |linear| linear.columns) as u64;
+        Self {
+            sums: 0,
+            forward: weights + (load.batch_tokens as u64) * width * 4,
+            factor: 0,
+            solve: weights + 3 * codes,
+            weights,
+            install: 3 * codes,
+            matrices: 0,
+        }
+    }
+
     fn new(plan: &Plan, load: &Load, step: u64, spilled: &[bool]) -> Self {
+        if plan.device_weight_bytes.is_some() {
+            return Self::beside_device(plan, load, step);
+        }
         let recipe = &plan.recipe;
         let in_files = |step: u64| spilled[step as usize];
         let (workers, tokens) = (load.workers as u64, load.batch_tokens as u64);

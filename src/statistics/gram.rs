@@ -16,7 +16,7 @@ const ROUND: f64 = 6_755_399_441_055_744.0;
 const BATCH_SUM_MAX: f64 = (1u64 << 51) as f64;
 
 /// A sum `Σ x_j` has the scale `2^(s_j + SUM_BITS)`: a token then adds about 2^22, as to a product's diagonal.
-const SUM_BITS: f64 = 11.0;
+pub(crate) const SUM_BITS: f64 = 11.0;
 
 /// Which product a panel belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -362,15 +362,20 @@ fn misfit(first_row: usize) -> Error {
 }
 
 fn overflow(channel: usize) -> Error {
+    too_large(format!("channel {channel}"))
+}
+
+/// `what` cannot be summed.
+pub(crate) fn too_large(what: impl Into<String>) -> Error {
     Error::invalid(
-        format!("channel {channel}"),
+        what,
         "its activations are not finite, or too large for the fixed-point sums",
         "check that the checkpoint gives finite logits; an outlier of more than 8,000 times the probe's energy in every token is not supported",
     )
 }
 
 /// `sums[j] += sign * round(Σ_t x[t, j] * 2^(s_j + SUM_BITS))`
-fn add_sums(sums: &mut [i64], x: &[f32], scales: &[f64], sign: f64) -> Result<()> {
+pub(crate) fn add_sums(sums: &mut [i64], x: &[f32], scales: &[f64], sign: f64) -> Result<()> {
     let mut totals = vec![0f64; scales.len()];
     for row in x.chunks_exact(scales.len()) {
         totals
@@ -389,7 +394,7 @@ fn add_sums(sums: &mut [i64], x: &[f32], scales: &[f64], sign: f64) -> Result<()
 }
 
 /// `sums[j] += round(products[j] · row_scale · scales[j])`; false if a value was not finite, too large, or a sum overflowed.
-fn add_row(sums: &mut [i64], products: &[f32], row_scale: f64, scales: &[f64]) -> bool {
+pub(crate) fn add_row(sums: &mut [i64], products: &[f32], row_scale: f64, scales: &[f64]) -> bool {
     assert!(sums.len() == products.len() && sums.len() == scales.len());
     vectorized!({
         let mut bad = 0i64;

@@ -9,4 +9,7 @@ mod exponents;
 mod gram;
 
 pub use exponents::Exponents;
+#[cfg(feature = "cuda")]
+pub(crate) use gram::SUM_BITS;
 pub use gram::{Accumulator, Panel, Product, SiteProducts, SiteStatistics};
+pub(crate) use gram::{add_row, add_sums, too_large};

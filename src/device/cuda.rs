@@ -1,0 +1,472 @@
+//! The CUDA side: launches of our kernels, products by cuBLAS, factorizations by cuSOLVER. Everything goes to the device's one stream, so
+//! that what is launched first is done first; only a copy to the host waits.
+
+use super::matrix::{Matrix, Operands};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::{self, sys as blas};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, DevicePtr, LaunchConfig, PushKernelArg, sys as driver,
+};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
+use cudarc::cusolver::{DnHandle, sys as solver};
+use half::{bf16, f16};
+use std::cell::RefCell;
+use std::ffi::c_void;
+
+/// Threads of a block where a kernel does not ask for another number.
+const THREADS: u32 = 256;
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Module {
+    name: &'static str,
+    ptx: &'static str,
+}
+
+macro_rules! module {
+    ($name:ident, $file:literal) => {
+        pub(crate) const $name: Module = Module {
+            name: concat!("quantflow-", $file),
+            ptx: include_str!(concat!(env!("OUT_DIR"), "/", $file, ".ptx")),
+        };
+    };
+}
+module!(FORWARD, "forward");
+module!(SUMS, "sums");
+module!(FACTOR, "factor");
+module!(SOLVER, "solver");
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Arg {
+    /// See [`address`].
+    Pointer(u64),
+    U32(u32),
+    I32(i32),
+    U64(u64),
+    I64(i64),
+    F32(f32),
+    F64(f64),
+}
+
+/// `value` as a kernel takes it.
+///
+/// # Errors
+/// It needs more than 32 bits.
+pub(crate) fn u32_arg(value: usize) -> Result<Arg> {
+    match u32::try_from(value) {
+        Ok(value) => Ok(Arg::U32(value)),
+        Err(_) => bail!("{value} is too large for a kernel"),
+    }
+}
+
+/// How kernels name a dtype: see kernel.h.
+pub(crate) fn kind(dtype: DType) -> Result<Arg> {
+    Ok(Arg::I32(match dtype {
+        DType::F32 => 0,
+        DType::BF16 => 1,
+        DType::F16 => 2,
+        other => bail!("no kernel for {other:?}"),
+    }))
+}
+
+/// A thread an element of `columns` times `rows`, in blocks of so many threads along the columns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Threads {
+    pub(crate) columns: usize,
+    pub(crate) rows: usize,
+    pub(crate) block: u32,
+}
+
+impl Threads {
+    pub(crate) fn over(columns: usize, rows: usize) -> Self {
+        Self {
+            columns,
+            rows,
+            block: THREADS,
+        }
+    }
+
+    fn config(self) -> Result<LaunchConfig> {
+        let blocks = u32::try_from(self.columns.div_ceil(self.block as usize)).ok();
+        // The second side of a grid has 16 bits.
+        let rows = u16::try_from(self.rows).ok();
+        match (blocks, rows) {
+            (Some(blocks), Some(rows)) => Ok(LaunchConfig {
+                grid_dim: (blocks, u32::from(rows), 1),
+                block_dim: (self.block, 1, 1),
+                shared_mem_bytes: 0,
+            }),
+            _ => bail!("{} x {} are too many for a grid", self.columns, self.rows),
+        }
+    }
+}
+
+/// Runs a kernel.
+pub(crate) fn launch(
+    device: &CudaDevice,
+    module: Module,
+    name: &str,
+    threads: Threads,
+    args: &[Arg],
+) -> Result<()> {
+    if threads.columns == 0 || threads.rows == 0 {
+        return Ok(());
+    }
+    let function = device
+        .get_or_load_custom_func(name, module.name, module.ptx)?
+        .into_cuda_function();
+    let stream = device.cuda_stream();
+    let mut builder = stream.launch_builder(&function);
+    for arg in args {
+        match arg {
+            Arg::Pointer(value) | Arg::U64(value) => builder.arg(value),
+            Arg::U32(value) => builder.arg(value),
+            Arg::I32(value) => builder.arg(value),
+            Arg::I64(value) => builder.arg(value),
+            Arg::F32(value) => builder.arg(value),
+            Arg::F64(value) => builder.arg(value),
+        };
+    }
+    // SAFETY: each caller gives the arguments that its kernel declares, with addresses of tensors that it holds and whose shapes it
+    // has checked; they are freed on the same stream, so not before the kernel has run.
+    unsafe { builder.launch(threads.config()?) }.w()?;
+    Ok(())
+}
+
+/// Where the first element of a contiguous part of a storage is on the device.
+pub(crate) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+    if !layout.is_contiguous() {
+        bail!("this operation needs contiguous tensors");
+    }
+    start(storage, layout)
+}
+
+/// As [`address`], whatever the strides.
+fn start(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+    fn of<T>(slice: &CudaSlice<T>) -> u64 {
+        let stream = slice.stream();
+        slice.device_ptr(stream).0
+    }
+    let base = match &storage.slice {
+        CudaStorageSlice::U8(slice) => of(slice),
+        CudaStorageSlice::U32(slice) => of(slice),
+        CudaStorageSlice::I64(slice) => of(slice),
+        CudaStorageSlice::BF16(slice) => of(slice),
+        CudaStorageSlice::F16(slice) => of(slice),
+        CudaStorageSlice::F32(slice) => of(slice),
+        CudaStorageSlice::F64(slice) => of(slice),
+        _ => bail!("no kernel for {:?}", storage.dtype()),
+    };
+    Ok(base + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// [`address`] of a tensor, as an argument.
+pub(crate) fn pointer(tensor: &Tensor) -> Result<Arg> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => Ok(Arg::Pointer(address(storage, layout)?)),
+        _ => bail!("a tensor is not on the device"),
+    }
+}
+
+/// [`address`] of a part of a storage, as an argument.
+pub(crate) fn pointer_at(storage: &CudaStorage, layout: &Layout) -> Result<Arg> {
+    Ok(Arg::Pointer(address(storage, layout)?))
+}
+
+/// [`start`] of a part whose rows need not touch, as an argument.
+pub(crate) fn rows_at(storage: &CudaStorage, layout: &Layout) -> Result<Arg> {
+    Ok(Arg::Pointer(start(storage, layout)?))
+}
+
+/// The product of two matrices, or of two batches: f64 in f64, everything else summed in f32.
+pub(crate) fn product(
+    lhs: (&CudaStorage, &Layout),
+    rhs: (&CudaStorage, &Layout),
+    operands: Operands,
+) -> Result<CudaStorage> {
+    let device = &lhs.0.device;
+    let (input, output, compute) = match lhs.0.dtype() {
+        DType::BF16 => (
+            blas::cudaDataType::CUDA_R_16BF,
+            DType::F32,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        ),
+        DType::F16 => (
+            blas::cudaDataType::CUDA_R_16F,
+            DType::F32,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        ),
+        DType::F32 => (
+            blas::cudaDataType::CUDA_R_32F,
+            DType::F32,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        ),
+        DType::F64 => (
+            blas::cudaDataType::CUDA_R_64F,
+            DType::F64,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_64F,
+        ),
+        other => bail!("no product of {other:?}"),
+    };
+    let count = operands.batch * operands.rows() * operands.columns();
+    let wrap = match output {
+        DType::F64 => wrapped::<f64>(device, count)?,
+        _ => wrapped::<f32>(device, count)?,
+    };
+    let (single, double) = ((1f32, 0f32), (1f64, 0f64));
+    let (one, zero, output) = match output {
+        DType::F64 => (
+            (&raw const double.0).cast::<c_void>(),
+            (&raw const double.1).cast::<c_void>(),
+            blas::cudaDataType::CUDA_R_64F,
+        ),
+        _ => (
+            (&raw const single.0).cast::<c_void>(),
+            (&raw const single.1).cast::<c_void>(),
+            blas::cudaDataType::CUDA_R_32F,
+        ),
+    };
+    let out = start(&wrap, &Layout::contiguous(count))?;
+    let (a, b) = (start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?);
+    let (m, n, k) = (operands.rows(), operands.columns(), operands.inner());
+    // cuBLAS counts by columns, so that it sees each matrix transposed: (A B)ᵀ = Bᵀ Aᵀ.
+    // SAFETY: the operands lie within their storages: `Operands` was made of their layouts; the output is as large as the product.
+    unsafe {
+        cublas::result::gemm_strided_batched_ex(
+            *device.cublas_handle().handle(),
+            operation(operands.rhs),
+            operation(operands.lhs),
+            int(n)?,
+            int(m)?,
+            int(k)?,
+            one,
+            b as *const c_void,
+            input,
+            int(operands.rhs.leading())?,
+            operands.rhs.batch_stride as i64,
+            a as *const c_void,
+            input,
+            int(operands.lhs.leading())?,
+            operands.lhs.batch_stride as i64,
+            zero,
+            out as *mut c_void,
+            output,
+            int(n)?,
+            (m * n) as i64,
+            int(operands.batch)?,
+            compute,
+            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .w()?;
+    Ok(wrap)
+}
+
+/// Memory that a kernel will fill.
+pub(crate) fn wrapped<T>(device: &CudaDevice, count: usize) -> Result<CudaStorage>
+where
+    T: CudaDType + DeviceRepr,
+{
+    // SAFETY: every caller writes all of it before it is read.
+    let slice = unsafe { device.alloc::<T>(count) }?;
+    Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
+}
+
+/// Memory of a floating-point dtype that a kernel will fill.
+pub(crate) fn floats(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaStorage> {
+    match dtype {
+        DType::F32 => wrapped::<f32>(device, count),
+        DType::BF16 => wrapped::<bf16>(device, count),
+        DType::F16 => wrapped::<f16>(device, count),
+        other => bail!("no kernel for {other:?}"),
+    }
+}
+
+fn operation(matrix: Matrix) -> blas::cublasOperation_t {
+    match matrix.is_transposed() {
+        true => blas::cublasOperation_t::CUBLAS_OP_T,
+        false => blas::cublasOperation_t::CUBLAS_OP_N,
+    }
+}
+
+fn int(value: usize) -> Result<i32> {
+    match i32::try_from(value) {
+        Ok(value) => Ok(value),
+        Err(_) => bail!("{value} is too large for cuBLAS"),
+    }
+}
+
+/// In place: the lower Cholesky factor of `matrix`, `[width, width]` f64 by its lower half; or the row of the pivot that is not positive.
+pub(crate) fn cholesky(matrix: &CudaStorage, layout: &Layout) -> Result<Option<usize>> {
+    let (width, _) = layout.shape().dims2()?;
+    let device = &matrix.device;
+    let at = address(matrix, layout)? as *mut c_void;
+    let kind = solver::cudaDataType::CUDA_R_64F;
+    // By columns, the lower half of a row-major matrix is the upper half of its transpose.
+    let half = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+    let mut info = device.alloc_zeros::<i32>(1)?;
+    with_solver(device, |handle| {
+        let (mut device_bytes, mut host_bytes) = (0, 0);
+        // SAFETY: the sizes are those of the matrix; the workspaces are as large as cuSOLVER asks and outlive the call on the stream.
+        unsafe {
+            let mut options = std::ptr::null_mut();
+            solver::cusolverDnCreateParams(&raw mut options)
+                .result()
+                .map_err(candle_core::Error::wrap)?;
+            solver::cusolverDnXpotrf_bufferSize(
+                handle.cu(),
+                options,
+                half,
+                width as i64,
+                kind,
+                at,
+                width as i64,
+                kind,
+                &raw mut device_bytes,
+                &raw mut host_bytes,
+            )
+            .result()
+            .map_err(candle_core::Error::wrap)?;
+            let work = device.alloc::<u8>(device_bytes.max(1))?;
+            let mut host = vec![0u8; host_bytes.max(1)];
+            let stream = device.cuda_stream();
+            solver::cusolverDnXpotrf(
+                handle.cu(),
+                options,
+                half,
+                width as i64,
+                kind,
+                at,
+                width as i64,
+                kind,
+                work.device_ptr(&stream).0 as *mut c_void,
+                device_bytes,
+                host.as_mut_ptr().cast(),
+                host_bytes,
+                info.device_ptr(&stream).0 as *mut i32,
+            )
+            .result()
+            .map_err(candle_core::Error::wrap)?;
+            stream.synchronize().w()?;
+            solver::cusolverDnDestroyParams(options)
+                .result()
+                .map_err(candle_core::Error::wrap)
+        }
+    })?;
+    match device.clone_dtoh(&mut info)?[0] {
+        0 => Ok(None),
+        pivot if pivot > 0 => Ok(Some(pivot as usize - 1)),
+        argument => bail!("cuSOLVER refused argument {}", -argument),
+    }
+}
+
+/// In place: `L⁻¹ values`, or with `transposed` `L⁻ᵀ values`, for `lower` `[width, width]` and `values` `[width, lanes]`, f64.
+pub(crate) fn triangular_solve(
+    values: (&CudaStorage, &Layout),
+    lower: &Tensor,
+    transposed: bool,
+) -> Result<()> {
+    let (width, lanes) = values.1.shape().dims2()?;
+    let device = &values.0.device;
+    let Arg::Pointer(triangle) = pointer(lower)? else {
+        bail!("a pointer is an address");
+    };
+    let at = address(values.0, values.1)?;
+    let one = 1f64;
+    // By columns cuBLAS sees valuesᵀ, `[lanes, width]`, and U = Lᵀ: L x = b is xᵀ U = bᵀ, and Lᵀ x = b is xᵀ Uᵀ = bᵀ.
+    // SAFETY: both matrices have the sizes that are given, and are on the device.
+    unsafe {
+        blas::cublasDtrsm_v2(
+            *device.cublas_handle().handle(),
+            blas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
+            blas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
+            match transposed {
+                true => blas::cublasOperation_t::CUBLAS_OP_T,
+                false => blas::cublasOperation_t::CUBLAS_OP_N,
+            },
+            blas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+            int(lanes)?,
+            int(width)?,
+            &raw const one,
+            triangle as *const f64,
+            int(width)?,
+            at as *mut f64,
+            int(lanes)?,
+        )
+        .result()
+        .w()
+    }
+}
+
+/// Once a device, before the first tensor: freed memory stays with the process, to be taken again without waiting, and uses are not tracked by
+/// events.
+pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
+    // SAFETY: all work on the device goes to its one stream, in which what is freed is freed after its last use.
+    unsafe { device.disable_event_tracking() };
+    let mut forever = u64::MAX;
+    set_pool(
+        device,
+        driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+        &mut forever,
+    )
+}
+
+/// Bytes that nobody has taken, or that this process holds ready.
+pub(crate) fn free_bytes(device: &CudaDevice) -> u64 {
+    let stream = device.cuda_stream();
+    let free = stream.context().mem_get_info().map_or(0, |(free, _)| free as u64);
+    let of = |attribute| pool(device, attribute).unwrap_or(0);
+    let held = of(driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+    free + held.saturating_sub(of(driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT))
+}
+
+/// Most bytes that tensors took so far.
+pub(crate) fn peak_bytes(device: &CudaDevice) -> u64 {
+    pool(device, driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).unwrap_or(0)
+}
+
+fn pool_of(device: &CudaDevice) -> Result<driver::CUmemoryPool> {
+    let stream = device.cuda_stream();
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the context's device is open.
+    unsafe { driver::cuDeviceGetDefaultMemPool(&raw mut pool, stream.context().cu_device()) }
+        .result()
+        .w()?;
+    Ok(pool)
+}
+
+fn pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute) -> Result<u64> {
+    let mut value = 0u64;
+    // SAFETY: the attributes that are asked for are 64-bit numbers.
+    unsafe { driver::cuMemPoolGetAttribute(pool_of(device)?, attribute, (&raw mut value).cast()) }
+        .result()
+        .w()?;
+    Ok(value)
+}
+
+fn set_pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute, value: &mut u64) -> Result<()> {
+    // SAFETY: as in `pool`.
+    unsafe { driver::cuMemPoolSetAttribute(pool_of(device)?, attribute, (&raw mut *value).cast()) }
+        .result()
+        .w()
+}
+
+/// One cuSOLVER handle a thread: making one takes longer than a small factorization.
+fn with_solver<T>(device: &CudaDevice, work: impl FnOnce(&DnHandle) -> Result<T>) -> Result<T> {
+    thread_local! {
+        static HANDLE: RefCell<Option<DnHandle>> = const { RefCell::new(None) };
+    }
+    HANDLE.with_borrow_mut(|kept| {
+        let stream = device.cuda_stream();
+        if kept
+            .as_ref()
+            .is_none_or(|handle| handle.stream().cu_stream() != stream.cu_stream())
+        {
+            *kept = Some(DnHandle::new(stream).map_err(candle_core::Error::wrap)?);
+        }
+        kept.as_ref().map_or_else(|| bail!("no cuSOLVER handle"), work)
+    })
+}

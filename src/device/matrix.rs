@@ -1,0 +1,263 @@
+//! Matrices within tensors, and their product: f64 in f64, everything else summed in f32, 16-bit values without rounding their products.
+
+use crate::numerics::gemm::{Real, View, ViewMut, product as multiply};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+/// `lhs · rhs` for `[m, k]` and `[k, n]`, or for a batch `[b, ..]` of each. The rows or the columns of each have to be contiguous. The result
+/// is f64 for f64, and f32 for f32, bf16 and f16.
+///
+/// # Errors
+/// Shapes or dtypes do not fit.
+pub fn product(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+    lhs.apply_op2_no_bwd(rhs, &Product)
+}
+
+/// Where a matrix lies in a storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Matrix {
+    pub(crate) offset: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+    pub(crate) batch_stride: usize,
+}
+
+impl Matrix {
+    fn new(layout: &Layout) -> Result<(usize, Self)> {
+        let (dims, stride) = (layout.dims(), layout.stride());
+        let (batch, batch_stride, at) = match dims.len() {
+            2 => (1, 0, 0),
+            3 => (dims[0], stride[0], 1),
+            other => bail!("a product of tensors with {other} dimensions"),
+        };
+        let matrix = Self {
+            offset: layout.start_offset(),
+            rows: dims[at],
+            columns: dims[at + 1],
+            row_stride: stride[at],
+            column_stride: stride[at + 1],
+            batch_stride,
+        };
+        if !matrix.is_transposed() || matrix.row_stride == 1 || matrix.rows < 2 {
+            return Ok((batch, matrix));
+        }
+        bail!("neither rows nor columns of {layout:?} are contiguous")
+    }
+
+    /// Its columns are contiguous, not its rows.
+    pub(crate) fn is_transposed(self) -> bool {
+        self.column_stride != 1 && self.columns > 1
+    }
+
+    /// Elements from one contiguous row, or column, to the next.
+    pub(crate) fn leading(self) -> usize {
+        match self.is_transposed() {
+            true => self.column_stride.max(self.rows),
+            false => self.row_stride.max(self.columns),
+        }
+    }
+
+    fn view<T>(self, data: &[T], batch: usize) -> View<'_, T> {
+        let data = &data[self.offset + batch * self.batch_stride..];
+        match self.is_transposed() {
+            true => View::rows(data, self.columns, self.rows, self.leading()).transposed(),
+            false => View::rows(data, self.rows, self.columns, self.leading()),
+        }
+    }
+}
+
+/// The sides of a product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    pub(crate) batch: usize,
+    pub(crate) lhs: Matrix,
+    pub(crate) rhs: Matrix,
+}
+
+impl Operands {
+    fn new(lhs: &Layout, rhs: &Layout) -> Result<Self> {
+        let ((batch, a), (batches, b)) = (Matrix::new(lhs)?, Matrix::new(rhs)?);
+        if batch != batches || a.columns != b.rows || lhs.dims().len() != rhs.dims().len() {
+            bail!("no product of {:?} and {:?}", lhs.shape(), rhs.shape());
+        }
+        Ok(Self {
+            batch,
+            lhs: a,
+            rhs: b,
+        })
+    }
+
+    pub(crate) fn rows(self) -> usize {
+        self.lhs.rows
+    }
+
+    pub(crate) fn columns(self) -> usize {
+        self.rhs.columns
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn inner(self) -> usize {
+        self.lhs.columns
+    }
+
+    fn shape(self, layout: &Layout) -> Shape {
+        match layout.dims().len() {
+            2 => (self.rows(), self.columns()).into(),
+            _ => (self.batch, self.rows(), self.columns()).into(),
+        }
+    }
+
+    fn multiply<T: Real>(self, lhs: &[T], rhs: &[T]) -> Vec<T> {
+        let (rows, columns) = (self.rows(), self.columns());
+        let mut out = vec![T::ZERO; self.batch * rows * columns];
+        if out.is_empty() {
+            return out;
+        }
+        for (batch, out) in out.chunks_exact_mut(rows * columns).enumerate() {
+            let (lhs, rhs) = (self.lhs.view(lhs, batch), self.rhs.view(rhs, batch));
+            multiply(
+                ViewMut::rows(out, rows, columns, columns),
+                T::ZERO,
+                lhs,
+                rhs,
+                T::ONE,
+            );
+        }
+        out
+    }
+}
+
+struct Product;
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let operands = Operands::new(l1, l2)?;
+        let widen = |values: &CpuStorage| -> Result<Vec<f32>> {
+            Ok(match values {
+                CpuStorage::BF16(values) => values.iter().map(|v| v.to_f32()).collect(),
+                CpuStorage::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
+                _ => bail!("no product of these dtypes"),
+            })
+        };
+        let out = match (s1, s2) {
+            (CpuStorage::F64(a), CpuStorage::F64(b)) => CpuStorage::F64(operands.multiply(a, b)),
+            (CpuStorage::F32(a), CpuStorage::F32(b)) => CpuStorage::F32(operands.multiply(a, b)),
+            (a, b) => CpuStorage::F32(operands.multiply(&widen(a)?, &widen(b)?)),
+        };
+        Ok((out, operands.shape(l1)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let operands = Operands::new(l1, l2)?;
+        if s1.dtype() != s2.dtype() {
+            bail!("no product of {:?} and {:?}", s1.dtype(), s2.dtype());
+        }
+        let out = super::cuda::product((s1, l1), (s2, l2), operands)?;
+        Ok((out, operands.shape(l1)))
+    }
+}
+
+/// The rows `indices`, u32, of an f64 matrix `[rows, lanes]`. candle has it for other dtypes.
+///
+/// # Errors
+/// Shapes or dtypes do not fit.
+pub(super) fn select_rows(matrix: &Tensor, indices: &Tensor) -> Result<Tensor> {
+    matrix.apply_op1_no_bwd(&SelectRows(indices))
+}
+
+struct SelectRows<'a>(&'a Tensor);
+
+impl CustomOp1 for SelectRows<'_> {
+    fn name(&self) -> &'static str {
+        "select_rows"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, lanes) = layout.shape().dims2()?;
+        let indices = self.0.to_vec1::<u32>()?;
+        let (CpuStorage::F64(values), Some((begin, end))) = (storage, layout.contiguous_offsets()) else {
+            bail!("select_rows takes a contiguous f64 matrix");
+        };
+        let rows: Vec<&[f64]> = values[begin..end].chunks_exact(lanes).collect();
+        let selected = indices.iter().flat_map(|&index| rows[index as usize]).copied();
+        Ok((CpuStorage::F64(selected.collect()), (indices.len(), lanes).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use super::cuda::{Arg, FACTOR, Threads, launch, pointer, pointer_at, u32_arg, wrapped};
+        let ((_, lanes), rows) = (layout.shape().dims2()?, self.0.elem_count());
+        let count = rows * lanes;
+        let out = wrapped::<f64>(&storage.device, count)?;
+        let args = [
+            pointer_at(&out, &Layout::contiguous(count))?,
+            pointer_at(storage, layout)?,
+            pointer(self.0)?,
+            u32_arg(lanes)?,
+            Arg::U64(count as u64),
+        ];
+        launch(
+            &storage.device,
+            FACTOR,
+            "select_rows",
+            Threads::over(count, 1),
+            &args,
+        )?;
+        Ok((out, (rows, lanes).into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        /// Parts of matrices, transposed or not, one or a batch, in each dtype: whole numbers, so that every sum is exact.
+        #[test]
+        fn matches_the_definition(
+            m in 1usize..9, k in 1usize..9, n in 1usize..9, b in 1usize..4, turned in any::<[bool; 2]>(), batched in any::<bool>(),
+            dtype in prop::sample::select(vec![DType::F64, DType::F32, DType::BF16, DType::F16]),
+        ) {
+            let tensor = |rows: usize, columns: usize, turned: bool, seed: usize| {
+                let (r, c) = if turned { (columns, rows) } else { (rows, columns) };
+                let values: Vec<f64> = (0..b * (r + 2) * (c + 3)).map(|i| ((i * 7 + seed * 5) % 11) as f64 - 5.0).collect();
+                let whole = Tensor::from_vec(values, (b, r + 2, c + 3), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let part = whole.narrow(1, 1, r).unwrap().narrow(2, 2, c).unwrap();
+                let part = if turned { part.transpose(1, 2).unwrap() } else { part };
+                if batched { part } else { part.get(0).unwrap() }
+            };
+            let (lhs, rhs) = (tensor(m, k, turned[0], 1), tensor(k, n, turned[1], 2));
+            let out = product(&lhs, &rhs).unwrap();
+            prop_assert_eq!(out.dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
+            let of = |t: &Tensor| t.to_dtype(DType::F64).unwrap().contiguous().unwrap();
+            let expected = of(&lhs).matmul(&of(&rhs)).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            prop_assert_eq!(of(&out).flatten_all().unwrap().to_vec1::<f64>().unwrap(), expected);
+        }
+    }
+}

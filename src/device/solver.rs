@@ -1,0 +1,649 @@
+//! The solvers of [`crate::numerics::solver`] where the weights are: the same steps, on all rows of a linear at a time. A matrix is
+//! `[columns of the weight, lanes]` f64, a weight row a lane, and a kernel's thread has one lane; what is not done lane by lane is a
+//! product. All is left-looking: before a block of columns one product brings what the columns before it feed to it.
+
+use super::factor::{Factor, matrix_mut};
+use super::matrix::{product, select_rows};
+use super::{doubles, vector};
+use crate::error::Result;
+use crate::numerics::scales::{Scales, search};
+use crate::numerics::solver::{GptqOptions, SolvedRows};
+use crate::numerics::{Grid, QuantizedWeight};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
+
+/// Columns of a block. kernels/solver.cu keeps a block of a lane in shared memory.
+const BLOCK: usize = 64;
+/// Threads of its launches.
+#[cfg(feature = "cuda")]
+const BLOCK_THREADS: u32 = 64;
+/// Bytes of one matrix `[width, lanes]`; about ten of them are in memory at a time.
+const MATRIX_BYTES: usize = 512 << 20;
+
+/// How many rows of a linear with `width` columns are solved at a time.
+pub fn rows_at_a_time(width: usize) -> usize {
+    (MATRIX_BYTES / (8 * width)).next_multiple_of(64)
+}
+
+/// As [`crate::numerics::solver::round_to_nearest`], for `weights` `[rows, width]`.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<SolvedRows> {
+    let problem = Problem::new(weights, grid)?;
+    let target = lanes_of(weights)?;
+    let importance = Tensor::ones(problem.width, DType::F64, weights.device())?;
+    let scales = problem.search(&target, &importance)?;
+    let state = problem.state(problem.width + 3)?;
+    state.inplace_op1(&RoundPlainly {
+        problem,
+        target: &target,
+        scales: &scales,
+    })?;
+    let tally = |row: usize| -> Result<f64> { total(&state.get(problem.width + row)?) };
+    Ok(SolvedRows {
+        error: tally(0)?,
+        energy: tally(1)?,
+        clipped: tally(2)? as u64,
+        weight: problem.assemble(&state.narrow(0, 0, problem.width)?, &scales)?,
+    })
+}
+
+/// As [`crate::numerics::solver::gptq`], for `weights` `[rows, width]`.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions) -> Result<SolvedRows> {
+    let problem = Problem::new(weights, grid)?;
+    let target = factor.target(&lanes_of(weights)?, options.match_original)?;
+    let scales = problem.search(&target, &factor.importance()?)?;
+    let swept = problem.sweep(&target, factor, &scales)?;
+    let (codes, error) = match (options.refine_rounds, &factor.gram) {
+        (0, _) | (_, None) => (swept.codes, swept.error),
+        (rounds, Some(gram)) => {
+            let damping = vector(&factor.damped.damping, gram)?;
+            let hessian = Hessian { gram, damping };
+            problem.refine(&target, swept.codes, &scales, &hessian, rounds)?
+        }
+    };
+    Ok(SolvedRows {
+        weight: problem.assemble(&codes, &scales)?,
+        error,
+        energy: swept.energy,
+        clipped: swept.clipped,
+    })
+}
+
+/// As [`crate::numerics::solver::output_error`], for `weights` `[rows, width]` and `hessian` `[width, width]`.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn output_error(weights: &Tensor, quantized: &QuantizedWeight, hessian: &Tensor) -> Result<(f64, f64)> {
+    let energy = |lanes: &Tensor| total(&(product(hessian, lanes)? * lanes)?.sum(0)?);
+    let whole = lanes_of(weights)?;
+    let values = super::weights::dequantize(quantized, DType::F32, weights.device())?;
+    Ok((energy(&(&whole - lanes_of(&values)?)?)?, energy(&whole)?))
+}
+
+/// What all steps know of the linear.
+#[derive(Clone, Copy)]
+struct Problem<'a> {
+    width: usize,
+    lanes: usize,
+    grid: Grid,
+    like: &'a Tensor,
+}
+
+struct Swept {
+    /// `[width, lanes]`, original column order.
+    codes: Tensor,
+    error: f64,
+    energy: f64,
+    clipped: u64,
+}
+
+/// H_d, in original order.
+struct Hessian<'a> {
+    gram: &'a Tensor,
+    damping: Tensor,
+}
+
+impl Hessian<'_> {
+    /// `H_d · values`, for `[width, lanes]`.
+    fn times(&self, values: &Tensor) -> Result<Tensor> {
+        let damped = values.broadcast_mul(&self.damping.unsqueeze(1)?)?;
+        Ok((product(self.gram, values)? + damped)?)
+    }
+}
+
+impl<'a> Problem<'a> {
+    fn new(weights: &'a Tensor, grid: Grid) -> Result<Self> {
+        let (lanes, width) = weights.dims2()?;
+        Ok(Self {
+            width,
+            lanes,
+            grid,
+            like: weights,
+        })
+    }
+
+    fn groups(self) -> usize {
+        self.width / self.grid.group_size
+    }
+
+    fn max_code(self) -> f64 {
+        f64::from(self.grid.max_code())
+    }
+
+    fn state(self, rows: usize) -> Result<Tensor> {
+        Ok(Tensor::zeros((rows, self.lanes), DType::F64, self.like.device())?)
+    }
+
+    /// Scales, then zero points: `[2 * groups, lanes]`.
+    fn search(self, target: &Tensor, importance: &Tensor) -> Result<Tensor> {
+        let scales = self.state(2 * self.groups())?;
+        scales.inplace_op1(&Search {
+            problem: self,
+            target,
+            importance,
+        })?;
+        Ok(scales)
+    }
+
+    /// `values` of a grid's codes, a group after the other: `[groups, group, lanes]`.
+    fn centred(self, codes: &Tensor, scales: &Tensor) -> Result<Tensor> {
+        let zeros = scales.narrow(0, self.groups(), self.groups())?.unsqueeze(1)?;
+        let codes = codes.reshape((self.groups(), self.grid.group_size, self.lanes))?;
+        Ok(codes.broadcast_sub(&zeros)?)
+    }
+
+    /// `target − Q`, `[width, lanes]`.
+    fn errors(self, target: &Tensor, codes: &Tensor, scales: &Tensor) -> Result<Tensor> {
+        let scale = scales.narrow(0, 0, self.groups())?.unsqueeze(1)?;
+        let values = self.centred(codes, scales)?.broadcast_mul(&scale)?;
+        Ok((target - values.reshape((self.width, self.lanes))?)?)
+    }
+
+    fn sweep(self, target: &Tensor, factor: &Factor, scales: &Tensor) -> Result<Swept> {
+        let (width, lanes) = (self.width, self.lanes);
+        let lower = &factor.damped.lower;
+        let target = select_rows(target, &factor.columns)?;
+        // By row of L: errors, codes, and what each lane sums up.
+        let state = self.state(2 * width + 2)?;
+        for begin in (0..width).step_by(BLOCK).rev() {
+            let rows = BLOCK.min(width - begin);
+            let (end, done) = (begin + rows, width - begin - rows);
+            let carried = match done {
+                0 => self.state(rows)?,
+                _ => {
+                    let strip = lower.narrow(0, end, done)?.narrow(1, begin, rows)?;
+                    product(&strip.t()?, &state.narrow(0, end, done)?)?
+                }
+            };
+            state.inplace_op1(&Sweep {
+                problem: self,
+                carried: &carried,
+                target: &target,
+                lower,
+                scales,
+                columns: &factor.columns,
+                begin,
+                rows,
+            })?;
+        }
+        // As on the CPU, single precision is enough for what decides no code.
+        let narrow = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let outputs = product(&narrow(lower)?.t()?, &narrow(&target)?)?;
+        Ok(Swept {
+            codes: select_rows(&state.narrow(0, width, width)?, &factor.rows)?,
+            error: total(&state.get(2 * width)?)?,
+            energy: total(&outputs.reshape((width, lanes))?.sqr()?.sum(0)?)?,
+            clipped: total(&state.get(2 * width + 1)?)? as u64,
+        })
+    }
+
+    /// As [`crate::numerics`]' refinement: changes `scales` in place; returns codes and tr(E H_d Eᵀ).
+    fn refine(
+        self,
+        target: &Tensor,
+        codes: Tensor,
+        scales: &Tensor,
+        hessian: &Hessian<'_>,
+        rounds: usize,
+    ) -> Result<(Tensor, f64)> {
+        let mut codes = codes;
+        for _ in 0..rounds {
+            let gradient = hessian.times(&self.errors(target, &codes, scales)?)?;
+            self.refit_scales(&codes, scales, hessian, &gradient)?;
+            let gradient = hessian.times(&self.errors(target, &codes, scales)?)?;
+            codes = self.descend(&codes, scales, hessian, &gradient)?;
+        }
+        let errors = self.errors(target, &codes, scales)?;
+        let error = total(&(hessian.times(&errors)? * errors)?.sum(0)?)?;
+        Ok((codes, error))
+    }
+
+    /// A group after the other, each seeing what the groups before it moved.
+    fn refit_scales(
+        self,
+        codes: &Tensor,
+        scales: &Tensor,
+        hessian: &Hessian<'_>,
+        gradient: &Tensor,
+    ) -> Result<()> {
+        let group = self.grid.group_size;
+        let centred = self.centred(codes, scales)?;
+        let moved = self.state(self.width)?;
+        for g in 0..self.groups() {
+            let begin = g * group;
+            let rows = hessian.gram.narrow(0, begin, group)?;
+            let slope = self.less_moved(&gradient.narrow(0, begin, group)?, &rows, &moved, begin)?;
+            let centred = centred.get(g)?;
+            let damping = hessian.damping.narrow(0, begin, group)?.unsqueeze(1)?;
+            let curved = product(&rows.narrow(1, begin, group)?, &centred)?;
+            let curved = (curved + centred.broadcast_mul(&damping)?)?;
+            let scale = scales.get(g)?;
+            let before = scale.copy()?;
+            scale.inplace_op1(&Refit {
+                slope: &(slope * &centred)?.sum(0)?,
+                curvature: &(curved * &centred)?.sum(0)?,
+                grid: self.grid,
+            })?;
+            let change = centred.broadcast_mul(&(scale - before)?.unsqueeze(0)?)?;
+            moved.slice_set(&change, 0, begin)?;
+        }
+        Ok(())
+    }
+
+    /// One pass of coordinate descent.
+    fn descend(
+        self,
+        codes: &Tensor,
+        scales: &Tensor,
+        hessian: &Hessian<'_>,
+        gradient: &Tensor,
+    ) -> Result<Tensor> {
+        let width = self.width;
+        // Codes, and by how much the values moved.
+        let state = self.state(2 * width)?;
+        state.slice_set(&codes.contiguous()?, 0, 0)?;
+        for begin in (0..width).step_by(BLOCK) {
+            let rows = BLOCK.min(width - begin);
+            let moved = state.narrow(0, width, width)?;
+            let part = hessian.gram.narrow(0, begin, rows)?;
+            let slope = self.less_moved(&gradient.narrow(0, begin, rows)?, &part, &moved, begin)?;
+            state.inplace_op1(&Descend {
+                problem: self,
+                gradient: &slope,
+                hessian,
+                scales,
+                begin,
+                rows,
+            })?;
+        }
+        Ok(state.narrow(0, 0, width)?)
+    }
+
+    /// The gradient at the columns `begin..`, after the columns before them moved: their `rows` of the Hessian see it.
+    fn less_moved(self, gradient: &Tensor, rows: &Tensor, moved: &Tensor, begin: usize) -> Result<Tensor> {
+        Ok(match begin {
+            0 => gradient.clone(),
+            _ => (gradient - product(&rows.narrow(1, 0, begin)?, &moved.narrow(0, 0, begin)?)?)?,
+        })
+    }
+
+    fn assemble(self, codes: &Tensor, scales: &Tensor) -> Result<QuantizedWeight> {
+        let by_row = |values: &Tensor, dtype: DType| values.t()?.to_dtype(dtype)?.contiguous()?.flatten_all();
+        let groups = self.groups();
+        Ok(QuantizedWeight {
+            grid: self.grid,
+            rows: self.lanes,
+            columns: self.width,
+            codes: by_row(codes, DType::U8)?.to_vec1()?,
+            scales: by_row(&scales.narrow(0, 0, groups)?, DType::F32)?.to_vec1()?,
+            zeros: by_row(&scales.narrow(0, groups, groups)?, DType::U8)?.to_vec1()?,
+        })
+    }
+}
+
+/// `[rows, width]` → `[width, rows]` f64
+fn lanes_of(weights: &Tensor) -> Result<Tensor> {
+    Ok(weights.to_dtype(DType::F64)?.t()?.contiguous()?)
+}
+
+/// The sum of a vector, in its order.
+fn total(values: &Tensor) -> Result<f64> {
+    Ok(doubles(&values.to_dtype(DType::F64)?)?.into_iter().sum())
+}
+
+/// Reads `[groups, lanes]` scales and zero points at a column.
+struct Grids {
+    values: Vec<f64>,
+    lanes: usize,
+    groups: usize,
+    group: usize,
+}
+
+impl Grids {
+    fn new(problem: Problem<'_>, scales: &Tensor) -> candle_core::Result<Self> {
+        Ok(Self {
+            values: doubles(scales)?,
+            lanes: problem.lanes,
+            groups: problem.groups(),
+            group: problem.grid.group_size,
+        })
+    }
+
+    /// Scale and zero point.
+    fn at(&self, column: usize, lane: usize) -> (f64, f64) {
+        let g = column / self.group;
+        (
+            self.values[g * self.lanes + lane],
+            self.values[(self.groups + g) * self.lanes + lane],
+        )
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod launching {
+    pub(super) use super::super::cuda::{Arg, SOLVER, Threads, kind, launch, pointer, pointer_at, u32_arg};
+    pub(super) use candle_core::{CudaStorage, DType, Result};
+
+    impl super::Problem<'_> {
+        /// Threads whose lanes share memory.
+        pub(super) fn block_threads(self) -> Threads {
+            Threads {
+                columns: self.lanes,
+                rows: 1,
+                block: super::BLOCK_THREADS,
+            }
+        }
+    }
+
+    /// The dtype of a grid's scales, as kernels name it.
+    pub(super) fn scale_kind(grid: super::Grid) -> Result<Arg> {
+        use crate::numerics::ScaleDtype;
+        kind(match grid.scale_dtype {
+            ScaleDtype::Bf16 => DType::BF16,
+            ScaleDtype::F16 => DType::F16,
+            ScaleDtype::F32 => DType::F32,
+        })
+    }
+}
+
+/// Fills scales and zero points: see [`search`].
+struct Search<'a> {
+    problem: Problem<'a>,
+    target: &'a Tensor,
+    importance: &'a Tensor,
+}
+
+impl InplaceOp1 for Search<'_> {
+    fn name(&self) -> &'static str {
+        "search"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (target, importance) = (doubles(self.target)?, doubles(self.importance)?);
+        let Scales { scale, zero } = search(&target, self.problem.lanes, &importance, self.problem.grid);
+        let out = matrix_mut(storage, layout)?;
+        out[..scale.len()].copy_from_slice(&scale);
+        out[scale.len()..].copy_from_slice(&zero);
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let problem = self.problem;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.target)?,
+            pointer(self.importance)?,
+            u32_arg(problem.lanes)?,
+            u32_arg(problem.groups())?,
+            u32_arg(problem.grid.group_size)?,
+            Arg::F64(problem.max_code()),
+            Arg::U32(problem.grid.symmetric.into()),
+            scale_kind(problem.grid)?,
+        ];
+        let threads = Threads::over(problem.lanes, problem.groups());
+        launch(&storage.device, SOLVER, "search", threads, &args)
+    }
+}
+
+/// Fills codes and each lane's squared error, energy and clipped codes, `[width + 3, lanes]`.
+struct RoundPlainly<'a> {
+    problem: Problem<'a>,
+    target: &'a Tensor,
+    scales: &'a Tensor,
+}
+
+impl InplaceOp1 for RoundPlainly<'_> {
+    fn name(&self) -> &'static str {
+        "round_plainly"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let Problem { width, lanes, .. } = self.problem;
+        let (target, grids) = (doubles(self.target)?, Grids::new(self.problem, self.scales)?);
+        let out = matrix_mut(storage, layout)?;
+        for lane in 0..lanes {
+            let (mut error, mut energy, mut clipped) = (0.0, 0.0, 0.0);
+            for column in 0..width {
+                let w = target[column * lanes + lane];
+                let (scale, zero) = grids.at(column, lane);
+                let wanted = (w / scale + zero).round_ties_even();
+                let code = wanted.clamp(0.0, self.problem.max_code());
+                out[column * lanes + lane] = code;
+                error += (w - (code - zero) * scale).powi(2);
+                energy += w * w;
+                clipped += f64::from(code != wanted);
+            }
+            for (row, value) in [error, energy, clipped].into_iter().enumerate() {
+                out[(width + row) * lanes + lane] = value;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let problem = self.problem;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.target)?,
+            pointer(self.scales)?,
+            u32_arg(problem.width)?,
+            u32_arg(problem.lanes)?,
+            u32_arg(problem.grid.group_size)?,
+            Arg::F64(problem.max_code()),
+        ];
+        launch(
+            &storage.device,
+            SOLVER,
+            "round_plainly",
+            Threads::over(problem.lanes, 1),
+            &args,
+        )
+    }
+}
+
+/// Error feedback within the rows `begin..` of L, from the last to the first, into a state `[2 * width + 2, lanes]` by row of L: errors,
+/// codes, each lane's squared error and clipped codes. `carried`, `[rows, lanes]`, is what the columns before feed to them.
+struct Sweep<'a> {
+    problem: Problem<'a>,
+    carried: &'a Tensor,
+    target: &'a Tensor,
+    lower: &'a Tensor,
+    scales: &'a Tensor,
+    columns: &'a Tensor,
+    begin: usize,
+    rows: usize,
+}
+
+impl InplaceOp1 for Sweep<'_> {
+    fn name(&self) -> &'static str {
+        "sweep"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let Problem { width, lanes, .. } = self.problem;
+        let (carried, target) = (doubles(self.carried)?, doubles(self.target)?);
+        let lower = doubles(&self.lower.narrow(0, self.begin, self.rows)?)?;
+        let (columns, grids) = (
+            self.columns.to_vec1::<u32>()?,
+            Grids::new(self.problem, self.scales)?,
+        );
+        let state = matrix_mut(storage, layout)?;
+        for lane in 0..lanes {
+            for i in (0..self.rows).rev() {
+                let row = self.begin + i;
+                let later = (i + 1..self.rows)
+                    .map(|j| state[(self.begin + j) * lanes + lane] * lower[j * width + row]);
+                let fed = later.fold(carried[i * lanes + lane], |sum, e| sum + e);
+                let (w, pivot) = (target[row * lanes + lane], lower[i * width + row]);
+                let (scale, zero) = grids.at(columns[row] as usize, lane);
+                let t = w + fed / pivot;
+                let wanted = (t / scale + zero).round_ties_even();
+                let code = wanted.clamp(0.0, self.problem.max_code());
+                let value = (code - zero) * scale;
+                state[row * lanes + lane] = w - value;
+                state[(width + row) * lanes + lane] = code;
+                state[2 * width * lanes + lane] += ((t - value) * pivot).powi(2);
+                state[(2 * width + 1) * lanes + lane] += f64::from(code != wanted);
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let problem = self.problem;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.carried)?,
+            pointer(self.target)?,
+            pointer(self.lower)?,
+            pointer(self.scales)?,
+            pointer(self.columns)?,
+            u32_arg(self.begin)?,
+            u32_arg(self.rows)?,
+            u32_arg(problem.width)?,
+            u32_arg(problem.lanes)?,
+            u32_arg(problem.grid.group_size)?,
+            Arg::F64(problem.max_code()),
+        ];
+        launch(&storage.device, SOLVER, "sweep", problem.block_threads(), &args)
+    }
+}
+
+/// Coordinate descent within the columns `begin..`, in a state `[2 * width, lanes]` in original order: codes, and by how much the values
+/// moved. `gradient` is `[rows, lanes]`.
+struct Descend<'a> {
+    problem: Problem<'a>,
+    gradient: &'a Tensor,
+    hessian: &'a Hessian<'a>,
+    scales: &'a Tensor,
+    begin: usize,
+    rows: usize,
+}
+
+impl InplaceOp1 for Descend<'_> {
+    fn name(&self) -> &'static str {
+        "descend"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let Problem { width, lanes, .. } = self.problem;
+        let (gradient, damping) = (doubles(self.gradient)?, doubles(&self.hessian.damping)?);
+        let hessian = doubles(&self.hessian.gram.narrow(0, self.begin, self.rows)?)?;
+        let grids = Grids::new(self.problem, self.scales)?;
+        let state = matrix_mut(storage, layout)?;
+        for lane in 0..lanes {
+            for i in 0..self.rows {
+                let column = self.begin + i;
+                let earlier = (0..i)
+                    .map(|k| state[(width + self.begin + k) * lanes + lane] * hessian[k * width + column]);
+                let slope = earlier.fold(gradient[i * lanes + lane], |slope, moved| slope - moved);
+                let (scale, zero) = grids.at(column, lane);
+                let code = &mut state[column * lanes + lane];
+                let curvature = hessian[i * width + column] + damping[column];
+                let wanted = (*code - zero) * scale + slope / curvature;
+                let next = (wanted / scale + zero).round_ties_even();
+                let next = next.clamp(0.0, self.problem.max_code());
+                let step = (next - *code) * scale;
+                *code = next;
+                state[(width + column) * lanes + lane] = step;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let problem = self.problem;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.gradient)?,
+            pointer(self.hessian.gram)?,
+            pointer(&self.hessian.damping)?,
+            pointer(self.scales)?,
+            u32_arg(self.begin)?,
+            u32_arg(self.rows)?,
+            u32_arg(problem.width)?,
+            u32_arg(problem.lanes)?,
+            u32_arg(problem.grid.group_size)?,
+            Arg::F64(problem.max_code()),
+        ];
+        launch(&storage.device, SOLVER, "descend", problem.block_threads(), &args)
+    }
+}
+
+/// One Newton step of a group's scales, `[lanes]`, kept where it lowers the error once it is rounded.
+struct Refit<'a> {
+    slope: &'a Tensor,
+    curvature: &'a Tensor,
+    grid: Grid,
+}
+
+impl InplaceOp1 for Refit<'_> {
+    fn name(&self) -> &'static str {
+        "refit"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (slope, curvature) = (doubles(self.slope)?, doubles(self.curvature)?);
+        let (CpuStorage::F64(values), Some((begin, end))) = (storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("refit takes contiguous f64 scales");
+        };
+        let steps = slope.iter().zip(&curvature);
+        for (scale, (slope, curvature)) in values[begin..end].iter_mut().zip(steps) {
+            let wanted = *scale + slope / curvature;
+            if *curvature > 0.0 && wanted > 0.0 {
+                let next = self.grid.scale_dtype.round(wanted);
+                let step = next - *scale;
+                if step * (curvature * step - 2.0 * slope) < 0.0 {
+                    *scale = next;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let lanes = layout.shape().elem_count();
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.slope)?,
+            pointer(self.curvature)?,
+            u32_arg(lanes)?,
+            scale_kind(self.grid)?,
+        ];
+        launch(&storage.device, SOLVER, "refit", Threads::over(lanes, 1), &args)
+    }
+}

@@ -1,0 +1,131 @@
+//! The CUDA kernels, as they are, built by the C compiler and run on the CPU: each against its definition. What cannot be tested so is what
+//! only a device has: launches, and the products and factorizations of NVIDIA's libraries.
+
+mod forward;
+mod solver;
+mod sums;
+
+use libloading::Library;
+use regex::Regex;
+use std::ffi::c_void;
+use std::fmt::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+/// An argument of a kernel: a place, or a value.
+#[derive(Clone, Copy)]
+enum Arg {
+    Pointer(*mut c_void),
+    U32(u32),
+    I32(i32),
+    U64(u64),
+    I64(i64),
+    F32(f32),
+    F64(f64),
+}
+
+/// Values that a kernel reads.
+fn of<T>(values: &[T]) -> Arg {
+    Arg::Pointer(values.as_ptr().cast_mut().cast())
+}
+
+/// Values that a kernel writes.
+fn to<T>(values: &mut [T]) -> Arg {
+    Arg::Pointer(values.as_mut_ptr().cast())
+}
+
+fn number(value: usize) -> Arg {
+    Arg::U32(value as u32)
+}
+
+/// The kernels; one runs at a time, since their threads' names of themselves are the process's.
+fn kernels() -> MutexGuard<'static, Library> {
+    static KERNELS: OnceLock<Mutex<Library>> = OnceLock::new();
+    let kernels = KERNELS.get_or_init(|| Mutex::new(build()));
+    kernels.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn build() -> Library {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = root.join("src/device/kernels");
+    let signature = Regex::new(r"(?s)KERNEL\s+(\w+)\(([^)]*)\)\s*\{").unwrap();
+    let mut text = format!("#include \"{}\"\n", root.join("tests/kernels/host.h").display());
+    let mut found = 0;
+    for entry in std::fs::read_dir(&sources).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "cu") {
+            continue;
+        }
+        writeln!(text, "#include \"{}\"", path.display()).unwrap();
+        for kernel in signature.captures_iter(&std::fs::read_to_string(&path).unwrap()) {
+            found += 1;
+            let name = &kernel[1];
+            let values: Vec<String> = kernel[2]
+                .split(',')
+                .enumerate()
+                .map(|(i, parameter)| {
+                    let end = parameter.rfind(|c: char| c == ' ' || c == '*').unwrap();
+                    format!("*({}*)a[{i}]", &parameter[..=end])
+                })
+                .collect();
+            writeln!(text, "static void call_{name}(void **a) {{ {name}({}); }}", values.join(", ")).unwrap();
+            writeln!(
+                text,
+                "int run_{name}(unsigned columns, unsigned rows, unsigned threads, void **a) {{ return launch(call_{name}, columns, rows, threads, a); }}"
+            )
+            .unwrap();
+        }
+    }
+    assert!(found > 10, "only {found} kernels were found");
+    let folder = tempfile::tempdir().unwrap();
+    let (source, library) = (folder.path().join("kernels.c"), folder.path().join("kernels.so"));
+    std::fs::write(&source, text).unwrap();
+    let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let status = Command::new(&compiler)
+        .args(["-std=gnu11", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unused-function", "-Werror", "-shared", "-fPIC", "-pthread", "-o"])
+        .args([&library, &source])
+        .arg("-I")
+        .arg(&sources)
+        .arg("-lm")
+        .status()
+        .unwrap();
+    assert!(status.success(), "{compiler} could not build the kernels");
+    // SAFETY: the library was just made from our own sources and runs nothing when it is loaded.
+    unsafe { Library::new(&library) }.unwrap()
+}
+
+/// A thread an element of `columns` times `rows`, in blocks of `threads`.
+fn run(name: &str, (columns, rows): (usize, usize), threads: usize, args: &[Arg]) {
+    let kernels = kernels();
+    let mut pointers: Vec<*mut c_void> = args
+        .iter()
+        .map(|arg| match arg {
+            Arg::Pointer(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::I32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::I64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Arg::F64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+        })
+        .collect();
+    type Run = unsafe extern "C" fn(u32, u32, u32, *mut *mut c_void) -> i32;
+    // SAFETY: `build` wrote this function with this type; the arguments are those that the kernel declares, and live until it returns.
+    let failed = unsafe {
+        let run: libloading::Symbol<'_, Run> = kernels.get(format!("run_{name}")).unwrap();
+        run(columns.div_ceil(threads) as u32, rows as u32, threads as u32, pointers.as_mut_ptr())
+    };
+    assert_eq!(failed, 0, "{name} could not be launched");
+}
+
+/// Between -1 and 1.
+fn random(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+}
