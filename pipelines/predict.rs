@@ -20,7 +20,7 @@ use crate::operators::records::{Go, PredictedChunk};
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
 use crate::plan::CHUNK_ROWS;
-use crate::report::{CpuClock, Observer};
+use crate::report::{Clock, Observer};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -87,7 +87,7 @@ pub fn losses(
         stages: Stages::default(),
         output: Output::open(work, "predict")?,
         observer: Arc::clone(observer),
-        clock: CpuClock::default(),
+        clock: Clock::default(),
         halt: Arc::clone(halt),
     });
     let gathered = Gathered::default();

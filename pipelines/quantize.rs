@@ -18,7 +18,7 @@ use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
 use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
-use crate::report::{self, CpuClock, Observer};
+use crate::report::{self, Clock, Observer};
 use crate::storage::{self, FolderLock};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -108,7 +108,7 @@ pub struct Summary {
     pub output_digest: String,
     /// What the calibration used and left out.
     pub calibration: Usage,
-    /// CPU seconds by operator.
+    /// Seconds by operator: see [`Clock`].
     pub operators: BTreeMap<&'static str, f64>,
 }
 
@@ -310,7 +310,10 @@ pub(super) fn run(
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
-        clock: CpuClock::default(),
+        clock: match job.placement.on_device {
+            true => Clock::wall(),
+            false => Clock::default(),
+        },
         halt: Arc::clone(halt),
     });
     if resumed_blocks < shared.plan.blocks() {
@@ -347,16 +350,11 @@ pub fn collected(
     let mut given: Vec<ContentId> = documents.placed.iter().map(|document| document.id).collect();
     if !folder.join(HEADER).is_file() {
         let collect = statistics::Job {
-            model: job.model.clone(),
-            folder: folder.clone(),
-            change: Change::Collect,
-            documents,
-            held_out: 0.0,
             all_experts: job.recipe.all_experts,
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),
-            fresh: false,
+            ..statistics::Job::new(job.model.clone(), folder.clone(), Change::Collect, documents)
         };
         statistics::update(&collect, observer, halt)?;
     }

@@ -38,7 +38,7 @@ use crate::operators::local::Output;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
 use crate::plan::{Graph, Load, Plan};
-use crate::report::{self, CpuClock, Observer};
+use crate::report::{self, Clock, Observer};
 use crate::storage::{self, FolderLock};
 use candle_core::Device;
 use serde::Serialize;
@@ -86,6 +86,24 @@ pub struct Job {
     pub scratch: Option<PathBuf>,
     /// Forget an unfinished change; with [`Change::Collect`], an earlier artifact, too.
     pub fresh: bool,
+}
+
+impl Job {
+    /// `change` of the artifact `folder` of `model` by `documents`, by one worker: what else is wanted is set on top.
+    pub fn new(model: PathBuf, folder: PathBuf, change: Change, documents: Documents) -> Self {
+        Self {
+            model,
+            folder,
+            change,
+            documents,
+            held_out: 0.0,
+            all_experts: false,
+            workers: 1,
+            memory: None,
+            scratch: None,
+            fresh: false,
+        }
+    }
 }
 
 /// What was done, and what the artifact holds now.
@@ -194,7 +212,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         stages: Stages::default(),
         output,
         observer: Arc::clone(observer),
-        clock: CpuClock::default(),
+        clock: Clock::default(),
         halt: Arc::clone(halt),
     });
     let left =

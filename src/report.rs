@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A linear whose relative error passes this is a warning: its outputs have lost more than half of their energy.
 pub const RELATIVE_ERROR_MAX: f64 = 0.5;
@@ -66,17 +66,32 @@ impl Observer for Silent {
     fn note(&self, _: &str) {}
 }
 
-/// CPU time by operator, over all workers.
+/// Time by operator, over all workers: CPU time, or beside a device the wall clock's, in which an operator that needs a result waits for
+/// what others asked of the device.
 #[derive(Debug, Default)]
-pub struct CpuClock(Mutex<BTreeMap<&'static str, Duration>>);
+pub struct Clock {
+    wall: bool,
+    times: Mutex<BTreeMap<&'static str, Duration>>,
+}
 
-impl CpuClock {
-    /// Runs `work` and books its thread's CPU time under `operator`.
+impl Clock {
+    /// Books the wall clock's time.
+    pub fn wall() -> Self {
+        Self {
+            wall: true,
+            ..Self::default()
+        }
+    }
+
+    /// Runs `work` and books its thread's time under `operator`.
     pub fn book<T>(&self, operator: &'static str, work: impl FnOnce() -> T) -> T {
-        let begin = thread_cpu();
+        let begin = (Instant::now(), thread_cpu());
         let result = work();
-        let spent = thread_cpu().saturating_sub(begin);
-        if let Ok(mut times) = self.0.lock() {
+        let spent = match self.wall {
+            true => begin.0.elapsed(),
+            false => thread_cpu().saturating_sub(begin.1),
+        };
+        if let Ok(mut times) = self.times.lock() {
             *times.entry(operator).or_default() += spent;
         }
         result
@@ -84,7 +99,7 @@ impl CpuClock {
 
     /// Seconds by operator.
     pub fn seconds(&self) -> BTreeMap<&'static str, f64> {
-        let times = self.0.lock().map(|times| times.clone()).unwrap_or_default();
+        let times = self.times.lock().map(|times| times.clone()).unwrap_or_default();
         times
             .into_iter()
             .map(|(name, time)| (name, time.as_secs_f64()))

@@ -368,16 +368,14 @@ fn artifact() -> Arc<Artifact> {
             ..Texts::default()
         };
         let collect = statistics::Job {
-            model: fixture("model"),
-            folder: folder.path().join("s"),
-            change: Change::Collect,
-            documents: calibration::documents(&texts, &fixture("model"), 2048).unwrap(),
             held_out: 0.2,
-            all_experts: false,
             workers: 2,
-            memory: None,
-            scratch: None,
-            fresh: false,
+            ..statistics::Job::new(
+                fixture("model"),
+                folder.path().join("s"),
+                Change::Collect,
+                calibration::documents(&texts, &fixture("model"), 2048).unwrap(),
+            )
         };
         update(&collect, &silent(), &Arc::default()).unwrap();
         let artifact = Arc::new(Artifact::open(&collect.folder).unwrap());

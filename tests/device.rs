@@ -1,10 +1,11 @@
-//! What runs on a device, run on the CPU: each program against the CPU's own kernels, and whole runs.
+//! What runs on a device: each program against the CPU's own kernels, and whole runs. All of it runs on the CPU, operation for operation, and
+//! again on a CUDA device where this build and this machine have one.
 
 use crate::mixtures;
 use crate::quantize::{StopAfter, job, run};
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
-use quantflow::device::{Placement, attention, factor, solver, sums};
+use quantflow::device::{DeviceChoice, Placement, attention, factor, solver, sums};
 use quantflow::error::Error;
 use quantflow::memory::Room;
 use quantflow::numerics::attention::{AttentionShape, attention as attention_kernel};
@@ -18,6 +19,15 @@ use quantflow::recipe::{Method, Recipe};
 use quantflow::report::Observer;
 use quantflow::statistics::{Accumulator, Exponents, Product, SiteStatistics};
 use std::sync::Arc;
+
+/// The CPU as a device, and the first CUDA device.
+fn placements() -> Vec<Placement> {
+    let cuda = Placement::open(DeviceChoice::Cuda(0));
+    if let Err(why) = &cuda {
+        eprintln!("SKIPPED on a CUDA device: {why}");
+    }
+    [Placement::cpu_as_device()].into_iter().chain(cuda).collect()
+}
 
 /// Two ways to the same f64 sum.
 const RELATIVE: f64 = 1e-9;
@@ -34,76 +44,70 @@ fn random(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-fn tensor(values: &[f32], width: usize) -> Tensor {
-    Tensor::from_slice(values, (values.len() / width, width), &Device::Cpu).unwrap()
+fn tensor(values: &[f32], width: usize, device: &Device) -> Tensor {
+    Tensor::from_slice(values, (values.len() / width, width), device).unwrap()
+}
+
+/// The same sums; names the first that is not.
+fn assert_sums(ours: &SiteStatistics, expected: &SiteStatistics) {
+    assert_eq!(ours.tokens(), expected.tokens());
+    for (a, b) in ours.panels().iter().zip(expected.panels()) {
+        let different = (a.sums.read().iter())
+            .zip(&*b.sums.read())
+            .position(|(a, b)| a != b);
+        let place = different.map(|at| (at / ours.columns(a), at % ours.columns(a)));
+        assert_eq!(place, None, "{:?} from row {}", a.product, a.first_row);
+    }
+    assert!(ours == expected);
 }
 
 /// Whole numbers, so that every product is exact whatever its order.
 #[test]
 fn sums_are_those_of_the_cpu_and_are_taken_away_again() {
+    let products = [Product::Gram, Product::Cross, Product::Sum, Product::HeldOut];
     // More than a panel of either kind.
-    for width in [5, 300, 1100] {
+    for (placement, width) in placements()
+        .iter()
+        .flat_map(|p| [5, 300, 1100].map(|width| (p, width)))
+    {
+        let device = &placement.device;
         let mut random = random(width as u64);
         let mut input =
             |tokens: usize| -> Vec<f32> { (0..tokens * width).map(|_| (random() * 8.0).round()).collect() };
         let (a, b, original) = (input(7), input(4), input(7));
         let exponents = Exponents::from_probe(&a, width);
-        let products = [Product::Gram, Product::Cross, Product::Sum, Product::HeldOut];
         let zeros = SiteStatistics::new(exponents.clone(), &products, &Room::Memory).unwrap();
         let host = Accumulator::from(zeros.clone());
+        host.add(&a, Some(&original), 3).unwrap();
+        host.add_held_out(&b, 2).unwrap();
+        let host = host.finish().unwrap();
+        assert_ne!(host, zeros);
         for precision in [DType::F32, DType::BF16] {
-            let sums = sums::Sums::new(exponents.clone(), &products, precision, &Device::Cpu).unwrap();
-            let [x, y, matched] = [&a, &b, &original].map(|values| tensor(values, width));
-            sums.add(&x, Some(&matched), 3).unwrap();
-            sums.add_held_out(&y, 2).unwrap();
-            if precision == DType::F32 {
-                host.add(&a, Some(&original), 3).unwrap();
-                host.add_held_out(&b, 2).unwrap();
-            }
-            let statistics = sums.to_statistics(&Room::Memory).unwrap();
-            let back = sums::Sums::from_statistics(&statistics, precision, &Device::Cpu).unwrap();
-            assert_eq!(back.to_statistics(&Room::Memory).unwrap(), statistics);
-            assert_ne!(statistics, zeros);
-            sums.add(&x, Some(&matched), -3).unwrap();
-            sums.add_held_out(&y, -2).unwrap();
-            assert_eq!(sums.to_statistics(&Room::Memory).unwrap(), zeros);
-            // Again, for the comparison with the CPU's.
+            let sums = sums::Sums::new(exponents.clone(), &products, precision, device).unwrap();
+            let [x, y, matched] = [&a, &b, &original].map(|values| tensor(values, width, device));
             sums.add(&x, Some(&matched), 3).unwrap();
             sums.add_held_out(&y, 2).unwrap();
             sums.check().unwrap();
-            let (kept, expected) = (sums.to_statistics(&Room::Memory).unwrap(), &statistics);
-            assert_eq!(&kept, expected);
-        }
-        let host = host.finish().unwrap();
-        let sums = sums::Sums::from_statistics(&host, DType::F32, &Device::Cpu).unwrap();
-        let fresh = sums::Sums::new(exponents, &products, DType::BF16, &Device::Cpu).unwrap();
-        fresh
-            .add(&tensor(&a, width), Some(&tensor(&original, width)), 3)
-            .unwrap();
-        fresh.add_held_out(&tensor(&b, width), 2).unwrap();
-        for product in products {
-            let values = |sums: &sums::Sums| {
-                let sums = sums.product(product).unwrap().to_vec2::<i64>().unwrap();
-                // Below the diagonal nothing is promised.
-                let below = |(row, values): (usize, Vec<i64>)| match product {
-                    Product::Gram | Product::HeldOut => values[row..].to_vec(),
-                    Product::Cross | Product::Sum => values,
-                };
-                sums.into_iter().enumerate().map(below).collect::<Vec<_>>()
-            };
-            assert_eq!(values(&fresh), values(&sums), "{product:?} of {width}");
+            assert_sums(&sums.to_statistics(&Room::Memory).unwrap(), &host);
+            let back = sums::Sums::from_statistics(&host, precision, device).unwrap();
+            assert_sums(&back.to_statistics(&Room::Memory).unwrap(), &host);
+            sums.add(&x, Some(&matched), -3).unwrap();
+            sums.add_held_out(&y, -2).unwrap();
+            assert_sums(&sums.to_statistics(&Room::Memory).unwrap(), &zeros);
         }
     }
 }
 
 #[test]
 fn what_cannot_be_summed_is_an_error() {
-    let x = [1.0, f32::NAN, 2.0, 3.0];
-    let exponents = Exponents::from_probe(&[1.0, 1.0, 2.0, 3.0], 2);
-    let sums = sums::Sums::new(exponents, &[Product::Gram], DType::F32, &Device::Cpu).unwrap();
-    let error = sums.add(&tensor(&x, 2), None, 1).unwrap_err().to_string();
-    assert!(error.contains("not finite"), "{error}");
-    assert!(sums.add(&tensor(&x, 2), None, 1 << 20).is_err());
+    for Placement { device, .. } in placements() {
+        let x = tensor(&[1.0, f32::NAN, 2.0, 3.0], 2, &device);
+        let exponents = Exponents::from_probe(&[1.0, 1.0, 2.0, 3.0], 2);
+        let sums = sums::Sums::new(exponents, &[Product::Gram], DType::F32, &device).unwrap();
+        let error = sums.add(&x, None, 1).and_then(|()| sums.check()).unwrap_err();
+        assert!(error.to_string().contains("not finite"), "{error}");
+        assert!(sums.add(&x, None, 1 << 20).is_err());
+    }
 }
 
 /// The same sums for both: correlated inputs with a few loud channels, and an original close to them.
@@ -164,9 +168,10 @@ proptest! {
         let options = GptqOptions { match_original: alpha, refine_rounds: rounds };
         let mut random = random(seed + 1);
         let weights: Vec<f32> = (0..rows * width).map(|_| random() * 0.3).collect();
-        let on_device = tensor(&weights, width);
-
-        let sums = sums::Sums::from_statistics(&summed, DType::F32, &Device::Cpu).unwrap();
+        let on_devices: Vec<_> = placements().into_iter().map(|placement| {
+            let sums = sums::Sums::from_statistics(&summed, DType::F32, &placement.device).unwrap();
+            (tensor(&weights, width, &placement.device), sums)
+        }).collect();
         let products = summed.into_products();
         let gram = products.gram.unwrap().into_full(&Room::Memory).unwrap();
         let shift = products.cross.map(|cross| Arc::new(shift(cross, &gram)));
@@ -174,18 +179,21 @@ proptest! {
         let how = Factoring { damp_percent: 0.01, column_order, room: &Room::Memory, threads: 1 };
         let expected = Factor::new("site", &gram, shift, how).unwrap().with_gram(Arc::clone(&gram));
         let expected = gptq(&weights, &expected, grid, options);
-        let factor = factor::Factor::new("site", &sums, 0.01, column_order, rounds > 0).unwrap();
-        let ours = solver::gptq(&on_device, &factor, grid, options).unwrap();
-        assert_same(&ours, &expected);
-
-        let values = ours.weight.dequantize();
-        let expected = output_error(&weights, &values, &products.held_out.unwrap());
-        let held_out = factor::held_out(&sums).unwrap().unwrap();
-        let ours = solver::output_error(&on_device, &ours.weight, &held_out).unwrap();
-        for (ours, theirs) in [(ours.0, expected.0), (ours.1, expected.1)] {
-            prop_assert!((ours - theirs).abs() <= RELATIVE * expected.1, "{ours} {theirs}");
+        let held_out = products.held_out.unwrap();
+        for (on_device, sums) in on_devices {
+            let factor = factor::Factor::new("site", &sums, 0.01, column_order, rounds > 0).unwrap();
+            let ours = solver::gptq(&on_device, &factor, grid, options).unwrap();
+            assert_same(&ours, &expected);
+            let values = ours.weight.dequantize();
+            let expected = output_error(&weights, &values, &held_out);
+            let held_out = factor::held_out(&sums).unwrap().unwrap();
+            let ours = solver::output_error(&on_device, &ours.weight, &held_out).unwrap();
+            for (ours, theirs) in [(ours.0, expected.0), (ours.1, expected.1)] {
+                prop_assert!((ours - theirs).abs() <= RELATIVE * expected.1, "{ours} {theirs}");
+            }
+            let rounded = solver::round_to_nearest(&on_device, grid).unwrap();
+            assert_same(&rounded, &round_to_nearest(&weights, width, grid));
         }
-        assert_same(&solver::round_to_nearest(&on_device, grid).unwrap(), &round_to_nearest(&weights, width, grid));
     }
 
     #[test]
@@ -206,23 +214,18 @@ proptest! {
         let sinks: Vec<f32> = input(heads)[..heads].to_vec();
         let sinks = sunk.then_some(&sinks[..]);
         let expected = attention_kernel(&q, &k, &v, sinks, shape);
-        let [q, k, v] = [(&q, heads * head_dim), (&k, kv_heads * head_dim), (&v, kv_heads * value_dim)].map(|(x, w)| tensor(x, w));
-        let ours = attention::attention(&q, &k, &v, sinks, shape, precision).unwrap();
-        let ours = ours.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         // Probabilities, which add up to 1, are rounded to 8 or 11 bits.
         let tolerance = match precision { DType::F32 => 1e-5, DType::BF16 => 4e-3, _ => 5e-4 };
-        prop_assert_eq!(ours.len(), expected.len());
-        for (ours, theirs) in ours.iter().zip(&expected) {
-            prop_assert!((ours - theirs).abs() <= tolerance, "{ours} {theirs}");
+        for Placement { device, .. } in placements() {
+            let inputs = [(&q, heads * head_dim), (&k, kv_heads * head_dim), (&v, kv_heads * value_dim)];
+            let [q, k, v] = inputs.map(|(values, width)| tensor(values, width, &device));
+            let ours = attention::attention(&q, &k, &v, sinks, shape, precision).unwrap();
+            let ours = ours.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            prop_assert_eq!(ours.len(), expected.len());
+            for (ours, theirs) in ours.iter().zip(&expected) {
+                prop_assert!((ours - theirs).abs() <= tolerance, "{ours} {theirs}");
+            }
         }
-    }
-}
-
-/// A run as on a device.
-fn on_device(job: Job) -> Job {
-    Job {
-        placement: Placement::cpu_as_device(),
-        ..job
     }
 }
 
@@ -255,47 +258,60 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
             },
         ),
     ] {
-        let at = |kind: &str| folder.path().join(format!("{name}-{kind}"));
-        let job = |kind: &str| Job {
+        let cpu = Job {
             recipe: recipe.clone(),
-            ..job(&at(kind))
+            ..job(&folder.path().join(format!("{name}-cpu")))
         };
-        let cpu = run(&job("cpu")).unwrap();
-        let whole = run(&on_device(job("whole"))).unwrap();
-        let found = verify(&at("whole"), &job("whole").model).unwrap();
-        assert_eq!(found.problems, Vec::<String>::new());
-        let ratio = whole.relative_error_mean / cpu.relative_error_mean;
-        assert!((0.97..1.03).contains(&ratio), "{name}: {ratio}");
-        assert!(whole.plan_peak_device_bytes > 0 && cpu.plan_peak_device_bytes == 0);
+        let expected = run(&cpu).unwrap();
+        for (index, placement) in placements().into_iter().enumerate() {
+            let at = |kind: &str| folder.path().join(format!("{name}-{index}-{kind}"));
+            let job = |kind: &str| Job {
+                output: at(kind),
+                placement: placement.clone(),
+                ..cpu.clone()
+            };
+            let whole = run(&job("whole")).unwrap();
+            let found = verify(&at("whole"), &cpu.model).unwrap();
+            assert_eq!(found.problems, Vec::<String>::new());
+            let ratio = whole.relative_error_mean / expected.relative_error_mean;
+            assert!((0.97..1.03).contains(&ratio), "{name}: {ratio}");
+            assert!(whole.plan_peak_device_bytes > 0 && expected.plan_peak_device_bytes == 0);
 
-        // With no room for activations on the device.
-        let least = Job {
-            device_memory: Some(1),
-            ..on_device(job("least"))
-        };
-        let hint = run(&least).unwrap_err().hint().unwrap();
-        let smallest = hint
-            .split_whitespace()
-            .find_map(|word| word.parse().ok())
+            // With no room for activations on the device.
+            let hint = run(&Job {
+                device_memory: Some(1),
+                ..job("least")
+            })
+            .unwrap_err()
+            .hint()
             .unwrap();
-        let least = Job {
-            device_memory: Some(smallest),
-            ..least
-        };
-        assert_eq!(run(&least).unwrap().output_digest, whole.output_digest, "{name}");
+            let smallest = hint.split_whitespace().find_map(|word| word.parse().ok());
+            let least = run(&Job {
+                device_memory: smallest,
+                ..job("least")
+            })
+            .unwrap();
+            assert_eq!(least.output_digest, whole.output_digest, "{name}");
 
-        // Broken off and continued; the CPU does not continue it.
-        let halt = Arc::new(Halt::default());
-        let stop: Arc<dyn Observer> = Arc::new(StopAfter {
-            left: 9.into(),
-            halt: Arc::clone(&halt),
-        });
-        let broken = quantize(&on_device(job("parts")), &stop, &halt);
-        assert!(matches!(broken, Err(Error::Interrupted)), "{name}");
-        assert!(run(&job("parts")).is_err());
-        let continued = run(&on_device(job("parts"))).unwrap();
-        assert!(continued.resumed_blocks > 0 || name == "rounded");
-        assert_eq!(continued.output_digest, whole.output_digest, "{name}");
+            // Broken off and continued; the CPU does not continue it.
+            let halt = Arc::new(Halt::default());
+            let stop: Arc<dyn Observer> = Arc::new(StopAfter {
+                left: 9.into(),
+                halt: Arc::clone(&halt),
+            });
+            let broken = quantize(&job("parts"), &stop, &halt);
+            assert!(matches!(broken, Err(Error::Interrupted)), "{name}");
+            assert!(
+                run(&Job {
+                    placement: Placement::cpu(),
+                    ..job("parts")
+                })
+                .is_err()
+            );
+            let continued = run(&job("parts")).unwrap();
+            assert!(continued.resumed_blocks > 0 || name == "rounded");
+            assert_eq!(continued.output_digest, whole.output_digest, "{name}");
+        }
     }
 }
 
@@ -303,17 +319,21 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
 fn mixtures_and_latent_attention_run_on_a_device() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["qwen3_moe", "deepseek_v3", "gpt_oss"] {
-        let job = |kind: &str| Job {
+        let job = |kind: &str, placement: &Placement| Job {
             calibration: mixtures::text(64, 24, 1),
+            placement: placement.clone(),
             ..Job::new(
                 mixtures::model(name),
                 folder.path().join(format!("{name}-{kind}")),
                 mixtures::recipe(name, 0.5),
             )
         };
-        let (cpu, device) = (run(&job("cpu")).unwrap(), run(&on_device(job("device"))).unwrap());
-        assert_eq!(cpu.linears, device.linears);
-        let ratio = device.relative_error_mean / cpu.relative_error_mean;
-        assert!((0.95..1.05).contains(&ratio), "{name}: {ratio}");
+        let cpu = run(&job("cpu", &Placement::cpu())).unwrap();
+        for (index, placement) in placements().iter().enumerate() {
+            let device = run(&job(&index.to_string(), placement)).unwrap();
+            assert_eq!(cpu.linears, device.linears);
+            let ratio = device.relative_error_mean / cpu.relative_error_mean;
+            assert!((0.95..1.05).contains(&ratio), "{name}: {ratio}");
+        }
     }
 }

@@ -69,7 +69,12 @@ fn build() -> Library {
                     format!("*({}*)a[{i}]", &parameter[..=end])
                 })
                 .collect();
-            writeln!(text, "static void call_{name}(void **a) {{ {name}({}); }}", values.join(", ")).unwrap();
+            writeln!(
+                text,
+                "static void call_{name}(void **a) {{ {name}({}); }}",
+                values.join(", ")
+            )
+            .unwrap();
             writeln!(
                 text,
                 "int run_{name}(unsigned columns, unsigned rows, unsigned threads, void **a) {{ return launch(call_{name}, columns, rows, threads, a); }}"
@@ -83,7 +88,18 @@ fn build() -> Library {
     std::fs::write(&source, text).unwrap();
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let status = Command::new(&compiler)
-        .args(["-std=gnu11", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unused-function", "-Werror", "-shared", "-fPIC", "-pthread", "-o"])
+        .args([
+            "-std=gnu11",
+            "-O1",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wno-unused-function",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-o",
+        ])
         .args([&library, &source])
         .arg("-I")
         .arg(&sources)
@@ -114,7 +130,12 @@ fn run(name: &str, (columns, rows): (usize, usize), threads: usize, args: &[Arg]
     // SAFETY: `build` wrote this function with this type; the arguments are those that the kernel declares, and live until it returns.
     let failed = unsafe {
         let run: libloading::Symbol<'_, Run> = kernels.get(format!("run_{name}")).unwrap();
-        run(columns.div_ceil(threads) as u32, rows as u32, threads as u32, pointers.as_mut_ptr())
+        run(
+            columns.div_ceil(threads) as u32,
+            rows as u32,
+            threads as u32,
+            pointers.as_mut_ptr(),
+        )
     };
     assert_eq!(failed, 0, "{name} could not be launched");
 }

@@ -307,16 +307,8 @@ fn documents() -> Documents {
 
 fn collect(model: &Path, folder: &Path) -> statistics::Summary {
     let job = statistics::Job {
-        model: model.to_owned(),
-        folder: folder.to_owned(),
-        change: Change::Collect,
-        documents: documents(),
-        held_out: 0.0,
-        all_experts: false,
         workers: 2,
-        memory: None,
-        scratch: None,
-        fresh: false,
+        ..statistics::Job::new(model.to_owned(), folder.to_owned(), Change::Collect, documents())
     };
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     update(&job, &observer, &Arc::default()).unwrap()

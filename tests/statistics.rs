@@ -50,16 +50,8 @@ fn read(files: &[&Path]) -> Documents {
 
 fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
     Job {
-        model: fixture("model"),
-        folder: folder.to_owned(),
-        change,
-        documents: read(files),
-        held_out: 0.0,
-        all_experts: false,
         workers: 2,
-        memory: None,
-        scratch: None,
-        fresh: false,
+        ..Job::new(fixture("model"), folder.to_owned(), change, read(files))
     }
 }
 

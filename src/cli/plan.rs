@@ -4,6 +4,7 @@ use super::arguments::QuantizeArguments;
 use super::quantize::job;
 use super::text::{bytes, ranges, seconds};
 use super::{Outcome, print_json};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::formats::Reader;
 use crate::model::{SiteKind, Tower};
@@ -34,7 +35,11 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
     let job = job(arguments)?;
     let (tower, plan) = job.plan()?;
     let fit = job.fit(&plan)?;
-    let sites = sites(&job, &plan, &fit);
+    let speed = match job.placement.on_device {
+        true => device::speed::measure(&job.placement.device, tower.precision())?,
+        false => Speed::measure(),
+    };
+    let sites = sites(&job, speed, &plan, &fit);
     let total: f64 = sites.values().map(|site| site.seconds).sum();
     let spilled: u64 = sites.values().map(|site| site.spilled).sum();
     let quantized: Vec<_> = plan
@@ -50,7 +55,7 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
             .collect();
         print_json(&serde_json::json!({
             "architecture": tower.spec.architecture, "blocks": plan.blocks(), "linears": linears, "sites": sites,
-            "plan_peak_host_bytes": fit.peak_host_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
+            "plan_peak_host_bytes": fit.peak_host_bytes, "plan_peak_device_bytes": fit.peak_device_bytes, "resident_activation_bytes": fit.resident_activation_bytes,
             "experts_per_step": plan.experts_per_step(), "scratch_bytes": fit.scratch_bytes, "steps": plan.steps(), "spilled_steps": spilled, "seconds": total,
             "source_quantization": tower.reader().map(Reader::describe),
             "dequantized": plan.dequantized.iter().map(|coded| &coded.spec.name).collect::<Vec<_>>(),
@@ -97,17 +102,17 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
     println!(
         "peak memory   {} predicted, with {} workers",
         bytes(fit.peak_host_bytes),
-        job.workers
+        job.dataflow_workers()
     );
+    if job.placement.on_device {
+        println!("on device     {} predicted", bytes(fit.peak_device_bytes));
+    }
     println!(
         "scratch       {}, with the matrices of {spilled} of {} steps",
         bytes(fit.scratch_bytes),
         plan.steps()
     );
-    println!(
-        "time          {} of products and searches on this machine",
-        seconds(total)
-    );
+    println!("time          {} of products and searches", seconds(total));
     println!(
         "output        {} ({} now), {}",
         bytes(output),
@@ -148,8 +153,8 @@ fn print_linears(tower: &Tower, plan: &Plan) {
 }
 
 /// By the name of what is at the site; all routed experts are one.
-fn sites(job: &Job, plan: &Plan, fit: &Fit) -> BTreeMap<&'static str, Site> {
-    let (load, speed) = (job.load(), Speed::measure());
+fn sites(job: &Job, speed: Speed, plan: &Plan, fit: &Fit) -> BTreeMap<&'static str, Site> {
+    let load = job.load();
     let mut sites: BTreeMap<&str, Site> = BTreeMap::new();
     for step in 0..plan.steps() {
         let site = sites.entry(name(plan.step(step).1)).or_default();

@@ -27,32 +27,34 @@ pub(super) fn run(command: &StatisticsCommand, halt: &Arc<Halt>) -> Result<Outco
 
 fn collect(arguments: &CollectArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     let job = Job {
-        model: arguments.model.clone(),
-        folder: arguments.output.clone(),
-        change: Change::Collect,
-        documents: documents(&arguments.calibration, &arguments.model)?,
         held_out: arguments.held_out,
         all_experts: arguments.all_experts,
         workers: on_cpu(&arguments.resources)?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
+        ..Job::new(
+            arguments.model.clone(),
+            arguments.output.clone(),
+            Change::Collect,
+            documents(&arguments.calibration, &arguments.model)?,
+        )
     };
     carry_out(&job, arguments.json, halt)
 }
 
 fn change(arguments: &ChangeArguments, change: Change, halt: &Arc<Halt>) -> Result<Outcome> {
     let job = Job {
-        model: arguments.model.clone(),
-        folder: arguments.statistics.clone(),
-        change,
-        documents: documents(&arguments.calibration, &arguments.model)?,
-        held_out: 0.0,
-        all_experts: false,
         workers: on_cpu(&arguments.resources)?,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
+        ..Job::new(
+            arguments.model.clone(),
+            arguments.statistics.clone(),
+            change,
+            documents(&arguments.calibration, &arguments.model)?,
+        )
     };
     carry_out(&job, arguments.json, halt)
 }

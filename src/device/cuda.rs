@@ -5,7 +5,8 @@ use super::matrix::{Matrix, Operands};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{self, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, DevicePtr, LaunchConfig, PushKernelArg, sys as driver,
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
+    sys as driver,
 };
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
@@ -13,6 +14,7 @@ use cudarc::cusolver::{DnHandle, sys as solver};
 use half::{bf16, f16};
 use std::cell::RefCell;
 use std::ffi::c_void;
+use std::sync::Arc;
 
 /// Threads of a block where a kernel does not ask for another number.
 const THREADS: u32 = 256;
@@ -452,6 +454,81 @@ fn set_pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute, value: 
     unsafe { driver::cuMemPoolSetAttribute(pool_of(device)?, attribute, (&raw mut *value).cast()) }
         .result()
         .w()
+}
+
+/// Bytes of a buffer that the device copies from.
+const UPLOAD_BYTES: usize = 32 << 20;
+
+/// Two page-locked buffers and a stream of their own: while the device copies from one, the other is filled, and what it computes goes on.
+struct Uploads {
+    stream: Arc<CudaStream>,
+    buffers: [(PinnedHostSlice<u8>, Option<CudaEvent>); 2],
+}
+
+impl Uploads {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream().context().new_stream().w()?;
+        let buffer = || -> Result<_> {
+            // SAFETY: a part of it is read after it has been written.
+            let buffer = unsafe { stream.context().alloc_pinned::<u8>(UPLOAD_BYTES) };
+            Ok((buffer.w()?, None))
+        };
+        let buffers = [buffer()?, buffer()?];
+        Ok(Self { stream, buffers })
+    }
+
+    fn upload(&mut self, bytes: &[u8]) -> Result<CudaSlice<u8>> {
+        // SAFETY: all of it is written below.
+        let mut out = unsafe { self.stream.alloc::<u8>(bytes.len()) }.w()?;
+        let parts = bytes.chunks(UPLOAD_BYTES).enumerate();
+        for (i, part) in parts {
+            let (buffer, copied) = &mut self.buffers[i % 2];
+            if let Some(event) = copied.take() {
+                event.synchronize().w()?;
+            }
+            let buffer = &mut buffer.as_mut_slice().w()?[..part.len()];
+            buffer.copy_from_slice(part);
+            let mut place = out.slice_mut(i * UPLOAD_BYTES..i * UPLOAD_BYTES + part.len());
+            self.stream.memcpy_htod(&*buffer, &mut place).w()?;
+            *copied = Some(self.stream.record_event(None).w()?);
+        }
+        Ok(out)
+    }
+}
+
+/// `bytes`, values of `dtype`, on the device. What is asked of the device afterwards waits for them, what was asked before does not.
+pub(crate) fn upload(device: &CudaDevice, bytes: &[u8], dtype: DType) -> Result<CudaStorage> {
+    thread_local! {
+        static UPLOADS: RefCell<Option<Uploads>> = const { RefCell::new(None) };
+    }
+    let stream = device.cuda_stream();
+    let out = UPLOADS.with_borrow_mut(|kept| {
+        let uploads = match kept {
+            Some(uploads) if Arc::ptr_eq(uploads.stream.context(), stream.context()) => uploads,
+            other => other.insert(Uploads::new(device)?),
+        };
+        let out = uploads.upload(bytes)?;
+        let complete = uploads.stream.record_event(None).w()?;
+        stream.wait(&complete).w()?;
+        Ok::<_, candle_core::Error>(out)
+    })?;
+    let (count, address) = (bytes.len() / dtype.size_in_bytes(), out.leak());
+    // SAFETY: the memory holds so many values of this dtype and has no other owner. It is freed in the stream in which it is used.
+    Ok(unsafe {
+        match dtype {
+            DType::BF16 => CudaStorage::wrap_cuda_slice(
+                stream.upgrade_device_ptr::<bf16>(address, count),
+                device.clone(),
+            ),
+            DType::F16 => {
+                CudaStorage::wrap_cuda_slice(stream.upgrade_device_ptr::<f16>(address, count), device.clone())
+            }
+            DType::F32 => {
+                CudaStorage::wrap_cuda_slice(stream.upgrade_device_ptr::<f32>(address, count), device.clone())
+            }
+            other => bail!("no upload of {other:?}"),
+        }
+    })
 }
 
 /// One cuSOLVER handle a thread: making one takes longer than a small factorization.

@@ -11,6 +11,7 @@ pub mod factor;
 pub mod matrix;
 mod placement;
 pub mod solver;
+pub mod speed;
 pub mod sums;
 pub mod weights;
 

@@ -8,13 +8,15 @@ use super::row_stride;
 use super::vector;
 use crate::error::{Error, Result};
 use crate::memory::Room;
+use crate::numerics::panels;
 use crate::statistics::{Exponents, Product, SiteStatistics, add_row, add_sums, too_large};
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, bail};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Rows of a product that are made at a time: what is below the diagonal of a block of them is made in vain.
-pub(crate) const PANEL_ROWS: usize = 1024;
+/// Rows of a product that are made at a time: what is below the diagonal of a block of them is made in vain. Whole panels of an artifact, whose
+/// diagonal blocks are kept with both halves.
+pub(crate) const PANEL_ROWS: usize = 5 * panels::PANEL_ROWS;
 /// A batch's rounded products are below 2^51, so many of them fit into 64 bits.
 const MULTIPLICITY_MAX: i64 = 1 << 11;
 
@@ -200,7 +202,7 @@ impl Sums {
             room,
             |product, first, values| {
                 let sums = &self.products[&product];
-                let rows = crate::numerics::panels::PANEL_ROWS.min(sums.dim(0)? - first);
+                let rows = panels::PANEL_ROWS.min(sums.dim(0)? - first);
                 let columns = values.len() / rows;
                 let panel = sums.narrow(0, first, rows)?.narrow(1, width - columns, columns)?;
                 values.copy_from_slice(&panel.contiguous()?.flatten_all()?.to_vec1::<i64>()?);

@@ -1,8 +1,28 @@
-//! Quantized weights as the forward pass needs them.
+//! Weights on their way to where the model runs.
 
 use crate::numerics::QuantizedWeight;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail};
 use half::{bf16, f16};
+
+/// The values `bytes`, of `dtype`, on `device`. A CUDA device copies them while it computes what was asked of it before.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => {
+            let storage = candle_core::Storage::Cuda(super::cuda::upload(cuda, bytes, dtype)?);
+            Ok(Tensor::from_storage(
+                storage,
+                shape,
+                candle_core::op::BackpropOp::none(),
+                false,
+            ))
+        }
+        device => Tensor::from_raw_buffer(bytes, dtype, shape, device),
+    }
+}
 
 /// `weight` in `dtype` on `device`, `[rows, columns]`: codes travel, values are made there.
 ///

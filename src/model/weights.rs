@@ -215,7 +215,7 @@ impl Tower {
             return Ok(None);
         }
         let view = self.checkpoint.tensor(name)?;
-        let weight = Tensor::from_raw_buffer(view.bytes, dtype, view.shape, self.device())?;
+        let weight = device::weights::upload(view.bytes, dtype, view.shape, self.device())?;
         self.checkpoint.release(name);
         Ok(Some(weight))
     }

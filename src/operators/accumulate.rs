@@ -126,6 +126,17 @@ pub fn accumulate<'scope>(
                     let plan = &local.shared.plan;
                     let (block, first) = plan.step(step);
                     let owned = |site: SiteKind| local.owner(block, site) == local.index as u64;
+                    if owned(first) && local.shared.tower.placement().on_device {
+                        // The device is still busy with the batches: meanwhile it copies what will be solved.
+                        let shared = &local.shared;
+                        let ahead = || {
+                            shared
+                                .stages
+                                .original(step, &shared.plan, &shared.tower)
+                                .map(drop)
+                        };
+                        local.run("upload", ahead);
+                    }
                     if owned(first) {
                         // What carried the batches here has served.
                         plan.carriers(step)

@@ -11,7 +11,7 @@ use crate::ledger::{Ledger, Record};
 use crate::memory::Room;
 use crate::model::{Rotary, SiteKind, Tower};
 use crate::plan::{Fit, Plan};
-use crate::report::{CpuClock, Observer};
+use crate::report::{Clock, Observer};
 use crate::statistics::Product;
 use std::cell::RefCell;
 use std::path::Path;
@@ -166,7 +166,7 @@ pub struct Shared {
     /// Where progress goes.
     pub observer: Arc<dyn Observer>,
     /// CPU time by operator.
-    pub clock: CpuClock,
+    pub clock: Clock,
     /// Stops the run.
     pub halt: Arc<Halt>,
 }

@@ -23,7 +23,12 @@ fn kind(dtype: ScaleDtype) -> Arg {
 fn grids() -> impl Strategy<Value = Grid> {
     let (bits, sizes) = (vec![2u32, 3, 4, 8], vec![16usize, 32]);
     let dtypes = vec![ScaleDtype::Bf16, ScaleDtype::F16, ScaleDtype::F32];
-    let parts = (prop::sample::select(bits), prop::sample::select(sizes), any::<bool>(), prop::sample::select(dtypes));
+    let parts = (
+        prop::sample::select(bits),
+        prop::sample::select(sizes),
+        any::<bool>(),
+        prop::sample::select(dtypes),
+    );
     parts.prop_map(|(bits, group_size, symmetric, scale_dtype)| Grid {
         bits,
         group_size,
@@ -34,16 +39,28 @@ fn grids() -> impl Strategy<Value = Grid> {
 
 fn transposed(weights: &[f32], width: usize) -> Vec<f64> {
     let lanes = weights.len() / width;
-    (0..weights.len()).map(|i| f64::from(weights[i % lanes * width + i / lanes])).collect()
+    (0..weights.len())
+        .map(|i| f64::from(weights[i % lanes * width + i / lanes]))
+        .collect()
 }
 
 /// Scales, then zero points, `[groups, lanes]` each.
 fn searched(target: &[f64], importance: &[f64], grid: Grid) -> Vec<f64> {
-    let (lanes, groups) = (target.len() / importance.len(), importance.len() / grid.group_size);
+    let (lanes, groups) = (
+        target.len() / importance.len(),
+        importance.len() / grid.group_size,
+    );
     let mut scales = vec![0.0; 2 * groups * lanes];
     let args = [
-        to(&mut scales), of(target), of(importance), number(lanes), number(groups), number(grid.group_size),
-        Arg::F64(f64::from(grid.max_code())), Arg::U32(grid.symmetric.into()), kind(grid.scale_dtype),
+        to(&mut scales),
+        of(target),
+        of(importance),
+        number(lanes),
+        number(groups),
+        number(grid.group_size),
+        Arg::F64(f64::from(grid.max_code())),
+        Arg::U32(grid.symmetric.into()),
+        kind(grid.scale_dtype),
     ];
     run("search", (lanes, groups), 32, &args);
     scales
@@ -51,7 +68,10 @@ fn searched(target: &[f64], importance: &[f64], grid: Grid) -> Vec<f64> {
 
 /// Codes of a solved weight as `[width, lanes]`.
 fn codes_of(codes: &[u8], width: usize) -> Vec<f64> {
-    transposed(&codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>(), width)
+    transposed(
+        &codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>(),
+        width,
+    )
 }
 
 proptest! {
@@ -129,8 +149,7 @@ proptest! {
         prop_assert_eq!(tally(1), expected.clipped as f64);
     }
 
-    /// After the pass over a block no single code of it can lower the error further than the later ones' moves allow: each was at its
-    /// minimum when its turn came.
+    /// The gradient of the later columns of the block sees each move at once.
     #[test]
     fn each_code_goes_to_its_conditional_minimum(grid in grids(), lanes in 1usize..70, begin in 0usize..40, rows in 1usize..=BLOCK, seed in 0u64..1000) {
         let mut random = random(seed);

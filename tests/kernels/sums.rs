@@ -92,13 +92,28 @@ proptest! {
 #[test]
 fn what_cannot_be_summed_is_told() {
     let sum = |product: f32, before: i64| {
-        let (mut sums, mut bad, one) = ([0, before], [0u32], [1.0, 1.0]);
-        let args = [to(&mut sums), number(1), of(&[0.0, product]), of(&one), of(&one), number(1), Arg::I64(1), to(&mut bad)];
+        let (mut sums, mut bad, one, products) = ([0, before], [0u32], [1.0, 1.0], [0.0, product]);
+        let args = [
+            to(&mut sums),
+            number(1),
+            of(&products),
+            of(&one),
+            of(&one),
+            number(1),
+            Arg::I64(1),
+            to(&mut bad),
+        ];
         run("add_rounded", (1, 2), 32, &args);
         bad[0]
     };
     assert_eq!([sum(1.0, 0), sum(2f32.powi(50), 0)], [0, 0]);
-    for (product, before) in [(f32::NAN, 0), (f32::INFINITY, 0), (2f32.powi(51), 0), (1.0, i64::MAX), (-1.0, i64::MIN)] {
+    for (product, before) in [
+        (f32::NAN, 0),
+        (f32::INFINITY, 0),
+        (2f32.powi(51), 0),
+        (1.0, i64::MAX),
+        (-1.0, i64::MIN),
+    ] {
         assert_eq!(sum(product, before), 2, "{product} to {before}");
     }
 }

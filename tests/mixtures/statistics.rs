@@ -38,16 +38,8 @@ fn documents(windows: usize, seed: u64) -> Documents {
 
 fn job(name: &str, change: Change, folder: &Path, documents: Documents) -> Job {
     Job {
-        model: model(name),
-        folder: folder.to_owned(),
-        change,
-        documents,
-        held_out: 0.0,
-        all_experts: false,
         workers: 2,
-        memory: None,
-        scratch: None,
-        fresh: false,
+        ..Job::new(model(name), folder.to_owned(), change, documents)
     }
 }
 
