@@ -6,6 +6,7 @@ mod solver;
 mod sums;
 
 use libloading::Library;
+use quantflow::storage;
 use regex::Regex;
 use std::ffi::c_void;
 use std::fmt::Write;
@@ -65,7 +66,7 @@ fn build() -> Library {
                 .split(',')
                 .enumerate()
                 .map(|(i, parameter)| {
-                    let end = parameter.rfind(|c: char| c == ' ' || c == '*').unwrap();
+                    let end = parameter.rfind([' ', '*']).unwrap();
                     format!("*({}*)a[{i}]", &parameter[..=end])
                 })
                 .collect();
@@ -85,7 +86,7 @@ fn build() -> Library {
     assert!(found > 10, "only {found} kernels were found");
     let folder = tempfile::tempdir().unwrap();
     let (source, library) = (folder.path().join("kernels.c"), folder.path().join("kernels.so"));
-    std::fs::write(&source, text).unwrap();
+    storage::write_whole(&source, text.as_bytes()).unwrap();
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let status = Command::new(&compiler)
         .args([

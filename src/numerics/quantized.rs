@@ -30,13 +30,22 @@ impl ScaleDtype {
 
     /// `value` rounded to the dtype, to nearest even, clamped to its positive normal range.
     pub fn round(self, value: f64) -> f64 {
-        let rounded = match self {
-            Self::Bf16 => bf16::from_f64(value).to_f64(),
-            Self::F16 => f16::from_f64(value.min(f16::MAX.to_f64())).to_f64(),
+        let value = value.max(self.min_positive());
+        match self {
+            Self::Bf16 => round_significand(value, bf16::MANTISSA_DIGITS - 1),
+            Self::F16 => round_significand(value.min(f16::MAX.to_f64()), f16::MANTISSA_DIGITS - 1),
             Self::F32 => f64::from(value as f32),
-        };
-        rounded.max(self.min_positive())
+        }
     }
+}
+
+/// The significand of a positive normal number, rounded to `bits` explicit bits. The conversions of the crate `half` look at the upper half of
+/// an f64 alone, and take what lies just above the middle for the middle.
+fn round_significand(value: f64, bits: u32) -> f64 {
+    let dropped = f64::MANTISSA_DIGITS - 1 - bits;
+    let word = value.to_bits();
+    let word = word + ((word >> dropped) & 1) + ((1 << (dropped - 1)) - 1);
+    f64::from_bits(word & !((1 << dropped) - 1))
 }
 
 /// The grid of one linear: what its codes mean.
@@ -106,5 +115,24 @@ impl QuantizedWeight {
             out.extend(codes.iter().map(|&code| (i32::from(code) - zero) as f32 * scale));
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_are_rounded_to_the_nearest() {
+        let middle = 0.197_753_906_25;
+        let round = |value| ScaleDtype::Bf16.round(value);
+        assert_eq!(round(middle), 0.197_265_625);
+        assert_eq!(round(middle + 1e-15), 0.198_242_187_5);
+        assert_eq!(round(middle - 1e-15), 0.197_265_625);
+        assert_eq!(ScaleDtype::F16.round(1e9), 65504.0);
+        for dtype in [ScaleDtype::Bf16, ScaleDtype::F16, ScaleDtype::F32] {
+            assert_eq!(dtype.round(0.0), dtype.min_positive());
+            assert_eq!(dtype.round(0.75), 0.75);
+        }
     }
 }

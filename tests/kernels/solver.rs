@@ -95,6 +95,8 @@ proptest! {
         ];
         run("round_plainly", (lanes, 1), 32, &args);
         let expected = round_to_nearest(&weights, width, grid);
+        let by_lane = (0..lanes * groups).map(|i| scales[i % groups * lanes + i / groups] as f32);
+        prop_assert_eq!(by_lane.collect::<Vec<_>>(), &expected.weight.scales[..]);
         prop_assert_eq!(&state[..width * lanes], &codes_of(&expected.weight.codes, width)[..]);
         let tally = |row: usize| state[(width + row) * lanes..][..lanes].iter().sum::<f64>();
         prop_assert!((tally(0) - expected.error).abs() <= 1e-9 * expected.energy);
