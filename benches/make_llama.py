@@ -41,7 +41,7 @@ def bf16(values):
     return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
 
 
-def write(path, shard, rng):
+def write(path, shard, values):
     header, end = {}, 0
     for name, shape in shard:
         begin, end = end, end + 2 * int(np.prod(shape))
@@ -50,16 +50,35 @@ def write(path, shard, rng):
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, shape in shard:
+        for name, shape in shard:
             left = int(np.prod(shape))
             while left:
                 n = min(left, CHUNK)
                 left -= n
-                values = np.ones(n, np.float32)
-                if len(shape) == 2:
-                    values = rng.standard_normal(n, np.float32) * np.float32(shape[1] ** -0.5)
-                file.write(bf16(values).tobytes())
+                file.write(values(name, shape, n).tobytes())
     return {name: path.name for name, _ in shard}, end
+
+
+def save(folder, config, tensors, values):
+    """A checkpoint of the named shapes; `values(name, shape, n)` gives the next n values of a tensor as bf16 bits."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shards, filled = [[]], 0
+    for name, shape in tensors:
+        size = 2 * int(np.prod(shape))
+        if filled and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape))
+        filled += size
+    index, total = {}, 0
+    for i, shard in enumerate(shards, 1):
+        names, size = write(folder / f"model-{i:05}-of-{len(shards):05}.safetensors", shard, values)
+        index |= names
+        total += size
+    content = dict(metadata=dict(total_size=total), weight_map=index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    print(f"{total / 1e9:.1f} GB in {len(shards)} files")
 
 
 def main():
@@ -69,7 +88,6 @@ def main():
     for name, value in sizes.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     a = parser.parse_args()
-    a.folder.mkdir(parents=True)
     config = dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
@@ -85,26 +103,16 @@ def main():
         tie_word_embeddings=False,
         torch_dtype="bfloat16",
     )
-    (a.folder / "config.json").write_text(json.dumps(config, indent=1))
-    shards, filled = [[]], 0
-    for name, shape in tensors(a):
-        size = 2 * int(np.prod(shape))
-        if filled and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, shape))
-        filled += size
     rng = np.random.default_rng(0)
-    index, total = {}, 0
-    for i, shard in enumerate(shards, 1):
-        names, size = write(a.folder / f"model-{i:05}-of-{len(shards):05}.safetensors", shard, rng)
-        index |= names
-        total += size
-    content = dict(metadata=dict(total_size=total), weight_map=index)
-    (a.folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    def values(_, shape, n):
+        if len(shape) == 1:
+            return bf16(np.ones(n, np.float32))
+        return bf16(rng.standard_normal(n, np.float32) * np.float32(shape[1] ** -0.5))
+
+    save(a.folder, config, tensors(a), values)
     tokens = rng.integers(0, a.vocab, (a.sequences, a.length), dtype=np.int32)
     np.save(a.folder / "calibration.npy", tokens)
-    print(f"{total / 1e9:.1f} GB in {len(shards)} files")
 
 
 if __name__ == "__main__":
