@@ -309,7 +309,7 @@ pub(crate) fn cholesky(matrix: &CudaStorage, layout: &Layout) -> Result<Option<u
     let kind = solver::cudaDataType::CUDA_R_64F;
     // By columns, the lower half of a row-major matrix is the upper half of its transpose.
     let half = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
-    let mut info = device.alloc_zeros::<i32>(1)?;
+    let info = device.alloc_zeros::<i32>(1)?;
     with_solver(device, |handle| {
         let (mut device_bytes, mut host_bytes) = (0, 0);
         // SAFETY: the sizes are those of the matrix; the workspaces are as large as cuSOLVER asks and outlive the call on the stream.
@@ -358,7 +358,7 @@ pub(crate) fn cholesky(matrix: &CudaStorage, layout: &Layout) -> Result<Option<u
                 .map_err(candle_core::Error::wrap)
         }
     })?;
-    match device.clone_dtoh(&mut info)?[0] {
+    match device.clone_dtoh(&info)?[0] {
         0 => Ok(None),
         pivot if pivot > 0 => Ok(Some(pivot as usize - 1)),
         argument => bail!("cuSOLVER refused argument {}", -argument),
