@@ -1,10 +1,10 @@
 """The loop that GPTQModel and llm-compressor share, rendered in PyTorch, for machines where neither can be installed. peers.py runs it.
 
-Per block: a forward pass of all sequences, one at a time, with a hook on each linear that sums its own f32 Hessian (q, k and v share none, as in llm-compressor); a
-Cholesky factor of the damped Hessian's inverse; GPTQ in blocks of 128 columns, groups of 128, symmetric, without act-order; then a second forward
-pass with the quantized weights, to make the next block's inputs. Activations lie on the host between blocks, as llm-compressor keeps them, and
-weights are on the device a block at a time. Where the programs differ, this takes what is fast: a block's columns are one Triton kernel, and products
-are added in place. Dense models alone: transformers keeps a mixture's experts in one tensor, which both programs take apart first.
+Per block: a forward pass of all sequences, one at a time, with a hook on each linear that sums its own f32 Hessian (q, k and v share none, as in
+llm-compressor); a Cholesky factor of the damped Hessian's inverse; GPTQ in blocks of 128 columns, groups of 128, symmetric, without act-order; then a
+second forward pass with the quantized weights, to make the next block's inputs. Activations lie on the host between blocks, as llm-compressor keeps
+them, and weights are on the device a block at a time. Where the programs differ, this takes what is fast: a block's columns are one Triton kernel,
+and products are added in place. Dense models alone: transformers keeps a mixture's experts in one tensor, which both programs take apart first.
 """
 
 import torch

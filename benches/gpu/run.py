@@ -36,7 +36,7 @@ GPTQModel 7.7.0 asks for torch 2.14.1 and transformers 5.20.2 or later, llm-comp
 CPU it ran with torch 2.15 and transformers 5.23, too). Where they cannot share an environment, run each as a part, by the Python of its own.
 
 Peers take minutes: --peer-layers 4 runs them on four blocks and multiplies the seconds of quantize (loading and saving stay as measured, which
-favours them). --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in a minute:
+favours them). --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in some minutes:
 
     python benches/gpu/run.py /tmp/bench --quantflow target/release/quantflow --shape llama-3-8b \\
         --tiny --layers 2 --sequences 4 --length 128 --device cpu
