@@ -130,13 +130,8 @@ proptest! {
         bits in prop::sample::select(BITS.to_vec()), symmetric: bool, seed in 0u64..1000,
     ) {
         let columns = groups * group;
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        let mut random = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
+        let mut random = reference::random(seed);
+        let mut random = || (random() * 0.5) as f32;
         let weights: Vec<f32> = (0..rows * columns).map(|_| random()).collect();
         let importance: Vec<f64> = (0..columns).map(|_| f64::from(random() + 0.6)).collect();
         let grid = Grid { bits, group_size: group, symmetric, scale_dtype: ScaleDtype::Bf16 };

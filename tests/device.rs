@@ -3,6 +3,7 @@
 
 use crate::mixtures;
 use crate::quantize::{StopAfter, job, run};
+use crate::reference;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use quantflow::device::{DeviceChoice, Placement, attention, factor, solver, sums};
@@ -35,13 +36,8 @@ const RELATIVE: f64 = 1e-9;
 const SINGLE: f64 = 1e-5;
 
 fn random(seed: u64) -> impl FnMut() -> f32 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        ((state >> 11) as f64 / (1u64 << 52) as f64 - 1.0) as f32
-    }
+    let mut random = reference::random(seed);
+    move || random() as f32
 }
 
 fn tensor(values: &[f32], width: usize, device: &Device) -> Tensor {
@@ -181,7 +177,7 @@ proptest! {
         let expected = gptq(&weights, &expected, grid, options);
         let held_out = products.held_out.unwrap();
         for (on_device, sums) in on_devices {
-            let factor = factor::Factor::new("site", &sums, 0.01, column_order, rounds > 0).unwrap();
+            let factor = factor::Factor::by_damping("site", &sums, [0.01], column_order, rounds > 0).unwrap().remove(0);
             let ours = solver::gptq(&on_device, &factor, grid, options).unwrap();
             assert_same(&ours, &expected);
             let values = ours.weight.dequantize();

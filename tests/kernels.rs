@@ -140,14 +140,3 @@ fn run(name: &str, (columns, rows): (usize, usize), threads: usize, args: &[Arg]
     };
     assert_eq!(failed, 0, "{name} could not be launched");
 }
-
-/// Between -1 and 1.
-fn random(seed: u64) -> impl FnMut() -> f64 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    }
-}

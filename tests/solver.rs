@@ -1,6 +1,6 @@
 //! The solver against textbook GPTQ, and the promises of each step.
 
-use crate::reference;
+use crate::reference::{self, random};
 use proptest::prelude::*;
 use quantflow::error::Result;
 use quantflow::memory::Room;
@@ -28,13 +28,7 @@ struct Layer {
 
 /// Correlated activations, a few loud channels, and an original stream close to them.
 fn layer(width: usize, rows: usize, tokens: usize, seed: u64) -> Layer {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut random = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
+    let mut random = random(seed);
     let mut x = vec![0.0; tokens * width];
     for row in x.chunks_exact_mut(width) {
         let shared = random();

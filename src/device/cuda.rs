@@ -164,13 +164,18 @@ fn start(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
     Ok(base + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
 }
 
-/// [`address`] of a tensor, as an argument.
-pub(crate) fn pointer(tensor: &Tensor) -> Result<Arg> {
+/// [`address`] of a tensor.
+fn address_of(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
-        Storage::Cuda(storage) => Ok(Arg::Pointer(address(storage, layout)?)),
+        Storage::Cuda(storage) => address(storage, layout),
         _ => bail!("a tensor is not on the device"),
     }
+}
+
+/// [`address_of`], as an argument.
+pub(crate) fn pointer(tensor: &Tensor) -> Result<Arg> {
+    Ok(Arg::Pointer(address_of(tensor)?))
 }
 
 /// [`address`] of a part of a storage, as an argument.
@@ -189,48 +194,43 @@ pub(crate) fn product(
     rhs: (&CudaStorage, &Layout),
     operands: Operands,
 ) -> Result<CudaStorage> {
-    let device = &lhs.0.device;
-    let (input, output, compute) = match lhs.0.dtype() {
-        DType::BF16 => (
-            blas::cudaDataType::CUDA_R_16BF,
-            DType::F32,
-            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-        ),
-        DType::F16 => (
-            blas::cudaDataType::CUDA_R_16F,
-            DType::F32,
-            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-        ),
-        DType::F32 => (
-            blas::cudaDataType::CUDA_R_32F,
-            DType::F32,
-            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-        ),
-        DType::F64 => (
-            blas::cudaDataType::CUDA_R_64F,
-            DType::F64,
-            blas::cublasComputeType_t::CUBLAS_COMPUTE_64F,
+    use blas::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F};
+    use blas::cudaDataType::{CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F, CUDA_R_64F};
+    let single = |input| {
+        gemm(
+            (lhs, rhs),
+            operands,
+            input,
+            (1f32, 0.0),
+            (CUDA_R_32F, CUBLAS_COMPUTE_32F),
+        )
+    };
+    match lhs.0.dtype() {
+        DType::BF16 => single(CUDA_R_16BF),
+        DType::F16 => single(CUDA_R_16F),
+        DType::F32 => single(CUDA_R_32F),
+        DType::F64 => gemm(
+            (lhs, rhs),
+            operands,
+            CUDA_R_64F,
+            (1f64, 0.0),
+            (CUDA_R_64F, CUBLAS_COMPUTE_64F),
         ),
         other => bail!("no product of {other:?}"),
-    };
+    }
+}
+
+/// [`product`] of matrices of the type `input`, with a result of the type `T`, which `output` names.
+fn gemm<T: CudaDType + DeviceRepr>(
+    (lhs, rhs): ((&CudaStorage, &Layout), (&CudaStorage, &Layout)),
+    operands: Operands,
+    input: blas::cudaDataType,
+    (one, zero): (T, T),
+    (output, compute): (blas::cudaDataType, blas::cublasComputeType_t),
+) -> Result<CudaStorage> {
+    let device = &lhs.0.device;
     let count = operands.batch * operands.rows() * operands.columns();
-    let wrap = match output {
-        DType::F64 => wrapped::<f64>(device, count)?,
-        _ => wrapped::<f32>(device, count)?,
-    };
-    let (single, double) = ((1f32, 0f32), (1f64, 0f64));
-    let (one, zero, output) = match output {
-        DType::F64 => (
-            (&raw const double.0).cast::<c_void>(),
-            (&raw const double.1).cast::<c_void>(),
-            blas::cudaDataType::CUDA_R_64F,
-        ),
-        _ => (
-            (&raw const single.0).cast::<c_void>(),
-            (&raw const single.1).cast::<c_void>(),
-            blas::cudaDataType::CUDA_R_32F,
-        ),
-    };
+    let wrap = wrapped::<T>(device, count)?;
     let out = start(&wrap, &Layout::contiguous(count))?;
     let (a, b) = (start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?);
     let (m, n, k) = (operands.rows(), operands.columns(), operands.inner());
@@ -244,7 +244,7 @@ pub(crate) fn product(
             int(n)?,
             int(m)?,
             int(k)?,
-            one,
+            (&raw const one).cast(),
             b as *const c_void,
             input,
             int(operands.rhs.leading())?,
@@ -253,7 +253,7 @@ pub(crate) fn product(
             input,
             int(operands.lhs.leading())?,
             operands.lhs.batch_stride as i64,
-            zero,
+            (&raw const zero).cast(),
             out as *mut c_void,
             output,
             int(n)?,
@@ -373,9 +373,7 @@ pub(crate) fn triangular_solve(
 ) -> Result<()> {
     let (width, lanes) = values.1.shape().dims2()?;
     let device = &values.0.device;
-    let Arg::Pointer(triangle) = pointer(lower)? else {
-        bail!("a pointer is an address");
-    };
+    let triangle = address_of(lower)?;
     let at = address(values.0, values.1)?;
     let one = 1f64;
     // By columns cuBLAS sees valuesᵀ, `[lanes, width]`, and U = Lᵀ: L x = b is xᵀ U = bᵀ, and Lᵀ x = b is xᵀ Uᵀ = bᵀ.
@@ -408,12 +406,14 @@ pub(crate) fn triangular_solve(
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     // SAFETY: all work on the device goes to its one stream, in which what is freed is freed after its last use.
     unsafe { device.disable_event_tracking() };
-    let mut forever = u64::MAX;
-    set_pool(
-        device,
+    let (threshold, mut forever) = (
         driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-        &mut forever,
-    )
+        u64::MAX,
+    );
+    // SAFETY: the attribute is a 64-bit number.
+    unsafe { driver::cuMemPoolSetAttribute(pool_of(device)?, threshold, (&raw mut forever).cast()) }
+        .result()
+        .w()
 }
 
 /// Bytes that nobody has taken, or that this process holds ready.
@@ -447,13 +447,6 @@ fn pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute) -> Result<u
         .result()
         .w()?;
     Ok(value)
-}
-
-fn set_pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute, value: &mut u64) -> Result<()> {
-    // SAFETY: as in `pool`.
-    unsafe { driver::cuMemPoolSetAttribute(pool_of(device)?, attribute, (&raw mut *value).cast()) }
-        .result()
-        .w()
 }
 
 /// Bytes of a buffer that the device copies from.
@@ -514,21 +507,24 @@ pub(crate) fn upload(device: &CudaDevice, bytes: &[u8], dtype: DType) -> Result<
     })?;
     let (count, address) = (bytes.len() / dtype.size_in_bytes(), out.leak());
     // SAFETY: the memory holds so many values of this dtype and has no other owner. It is freed in the stream in which it is used.
-    Ok(unsafe {
+    unsafe {
         match dtype {
-            DType::BF16 => CudaStorage::wrap_cuda_slice(
-                stream.upgrade_device_ptr::<bf16>(address, count),
-                device.clone(),
-            ),
-            DType::F16 => {
-                CudaStorage::wrap_cuda_slice(stream.upgrade_device_ptr::<f16>(address, count), device.clone())
-            }
-            DType::F32 => {
-                CudaStorage::wrap_cuda_slice(stream.upgrade_device_ptr::<f32>(address, count), device.clone())
-            }
+            DType::BF16 => Ok(adopt::<bf16>(device, address, count)),
+            DType::F16 => Ok(adopt::<f16>(device, address, count)),
+            DType::F32 => Ok(adopt::<f32>(device, address, count)),
             other => bail!("no upload of {other:?}"),
         }
-    })
+    }
+}
+
+/// The owner of `count` values at `address`, from now on.
+///
+/// # Safety
+/// They are there, and nobody else owns them.
+unsafe fn adopt<T: CudaDType>(device: &CudaDevice, address: u64, count: usize) -> CudaStorage {
+    // SAFETY: as above.
+    let slice = unsafe { device.cuda_stream().upgrade_device_ptr::<T>(address, count) };
+    CudaStorage::wrap_cuda_slice(slice, device.clone())
 }
 
 /// One cuSOLVER handle a thread: making one takes longer than a small factorization.

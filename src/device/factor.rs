@@ -27,82 +27,70 @@ pub struct Factor {
 }
 
 impl Factor {
-    /// Factors `XᵀX`; keeps it whole where `with_gram` asks for it. `site` is for the error alone.
+    /// Factors `XᵀX` with each of these shares of damping; keeps it whole where `with_gram` asks for it. What the factors share is made once.
+    /// `site` is for the error alone.
     ///
     /// # Errors
-    /// As [`crate::numerics::factor::Factor::new`]; an input of the sums was not finite.
-    pub fn new(
+    /// As [`crate::numerics::factor::Factor::new`].
+    pub fn by_damping(
         site: &str,
         sums: &Sums,
-        damp_percent: f64,
+        damp_percents: impl IntoIterator<Item = f64>,
         column_order: ColumnOrder,
         with_gram: bool,
-    ) -> Result<Self> {
-        sums.check()?;
-        let width = sums.width();
-        let gram = sums
+    ) -> Result<Vec<Self>> {
+        let sum = sums
             .product(Product::Gram)
             .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
         let inverse = sums.inverse_scales()?;
-        let identity: Vec<u32> = (0..width as u32).collect();
-        let diagonal: Vec<u32> = (0..width as u32).map(|i| i * (width as u32 + 1)).collect();
-        let diagonal = gram.flatten_all()?.index_select(&vector(&diagonal, gram)?, 0)?;
+        let diagonal = sum.flatten_all()?.index_select(&diagonal(sum)?, 0)?;
         let energies = diagonal.to_vec1::<i64>()?.into_iter().zip(doubles(&inverse)?);
         let energies: Vec<f64> = energies
             .map(|(sum, inverse)| sum as f64 * inverse * inverse)
             .collect();
-        let empty = || Tensor::zeros((width, width), DType::F64, gram.device());
-        let fill = |order: &[u32], diagonal: Option<&[f64]>| -> Result<Tensor> {
-            let out = empty()?;
-            out.inplace_op1(&FillHessian {
-                sums: gram,
-                inverse: &inverse,
-                order: vector(order, gram)?,
-                diagonal: diagonal.map(|values| vector(values, gram)).transpose()?,
-            })?;
-            Ok(out)
-        };
-        let damped = damped(
-            site,
-            &energies,
-            damp_percent,
-            column_order,
-            |reversed, diagonal| {
-                let reversed: Vec<u32> = reversed.iter().map(|&column| column as u32).collect();
-                let lower = fill(&reversed, Some(diagonal))?;
-                let cholesky = Cholesky(Cell::new(None));
-                lower.inplace_op1(&cholesky)?;
-                Ok(match cholesky.0.get() {
-                    None => Ok(lower),
-                    Some(pivot) => Err(pivot),
-                })
-            },
-        )?;
-        let columns: Vec<u32> = damped.order.iter().rev().map(|&column| column as u32).collect();
-        let mut rows = vec![0u32; width];
-        columns
-            .iter()
-            .zip(0..)
-            .for_each(|(&column, row)| rows[column as usize] = row);
-        let shift = match sums.product(Product::Cross) {
-            None => None,
-            Some(cross) => {
-                let shift = empty()?;
-                shift.inplace_op1(&FillShift {
+        let gram = with_gram.then(|| whole(sum, &inverse)).transpose()?;
+        let shift = sums
+            .product(Product::Cross)
+            .map(|cross| {
+                let fill = FillShift {
                     cross,
-                    sums: gram,
+                    sums: sum,
                     inverse: &inverse,
-                })?;
-                Some(shift)
-            }
-        };
-        Ok(Self {
-            columns: vector(&columns, gram)?,
-            rows: vector(&rows, gram)?,
-            gram: with_gram.then(|| fill(&identity, None)).transpose()?,
-            shift,
-            damped,
-        })
+                };
+                filled(sum, &fill)
+            })
+            .transpose()?;
+        let factors = damp_percents.into_iter().map(|damp_percent| {
+            let damped = damped(
+                site,
+                &energies,
+                damp_percent,
+                column_order,
+                |reversed, diagonal| {
+                    let lower = hessian(sum, &inverse, &indices(reversed.iter()), Some(diagonal))?;
+                    let cholesky = Cholesky(Cell::new(None));
+                    lower.inplace_op1(&cholesky)?;
+                    Ok(match cholesky.0.get() {
+                        None => Ok(lower),
+                        Some(pivot) => Err(pivot),
+                    })
+                },
+            )?;
+            let columns = indices(damped.order.iter().rev());
+            let mut rows = vec![0u32; columns.len()];
+            columns
+                .iter()
+                .zip(0..)
+                .for_each(|(&column, row)| rows[column as usize] = row);
+            Ok(Self {
+                columns: vector(&columns, sum)?,
+                rows: vector(&rows, sum)?,
+                gram: gram.clone(),
+                shift: shift.clone(),
+                damped,
+            })
+        });
+        factors.collect()
     }
 
     /// Channels.
@@ -112,10 +100,8 @@ impl Factor {
 
     /// `R_ii²` by original column, f64.
     pub(super) fn importance(&self) -> Result<Tensor> {
-        let width = self.width() as u32;
-        let lower = self.damped.lower.reshape(((), 1))?;
-        let diagonal: Vec<u32> = (0..width).map(|i| i * (width + 1)).collect();
-        let pivots = select_rows(&lower, &vector(&diagonal, &lower)?)?;
+        let lower = &self.damped.lower;
+        let pivots = select_rows(&lower.reshape(((), 1))?, &diagonal(lower)?)?;
         Ok(select_rows(&pivots.sqr()?, &self.rows)?.squeeze(1)?)
     }
 
@@ -138,19 +124,46 @@ impl Factor {
 /// # Errors
 /// The device has no memory left.
 pub fn held_out(sums: &Sums) -> Result<Option<Tensor>> {
-    let Some(held_out) = sums.product(Product::HeldOut) else {
-        return Ok(None);
+    let held_out = sums.product(Product::HeldOut);
+    held_out
+        .map(|sum| whole(sum, &sums.inverse_scales()?))
+        .transpose()
+}
+
+/// A symmetric product in f64, `[width, width]` in original order.
+fn whole(sums: &Tensor, inverse: &Tensor) -> Result<Tensor> {
+    let order: Vec<u32> = (0..sums.dim(0)? as u32).collect();
+    hessian(sums, inverse, &order, None)
+}
+
+/// See [`FillHessian`].
+fn hessian(sums: &Tensor, inverse: &Tensor, order: &[u32], diagonal: Option<&[f64]>) -> Result<Tensor> {
+    let fill = FillHessian {
+        sums,
+        inverse,
+        order: vector(order, sums)?,
+        diagonal: diagonal.map(|values| vector(values, sums)).transpose()?,
     };
-    let width = sums.width();
-    let identity: Vec<u32> = (0..width as u32).collect();
-    let out = Tensor::zeros((width, width), DType::F64, held_out.device())?;
-    out.inplace_op1(&FillHessian {
-        sums: held_out,
-        inverse: &sums.inverse_scales()?,
-        order: vector(&identity, held_out)?,
-        diagonal: None,
-    })?;
-    Ok(Some(out))
+    filled(sums, &fill)
+}
+
+/// A matrix as large as `like`, in f64, that `fill` has filled.
+fn filled(like: &Tensor, fill: &impl InplaceOp1) -> Result<Tensor> {
+    let out = Tensor::zeros(like.shape(), DType::F64, like.device())?;
+    out.inplace_op1(fill)?;
+    Ok(out)
+}
+
+/// As a kernel takes them.
+fn indices<'a>(columns: impl Iterator<Item = &'a usize>) -> Vec<u32> {
+    columns.map(|&column| column as u32).collect()
+}
+
+/// Where the diagonal of a square matrix is in its values.
+fn diagonal(matrix: &Tensor) -> Result<Tensor> {
+    let width = matrix.dim(0)? as u32;
+    let places: Vec<u32> = (0..width).map(|i| i * (width + 1)).collect();
+    Ok(vector(&places, matrix)?)
 }
 
 /// H of a symmetric product's sums in the order `order`: all of it, or its lower half with another diagonal, which is by original column.

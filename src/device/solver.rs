@@ -346,9 +346,28 @@ impl Grids {
 #[cfg(feature = "cuda")]
 mod launching {
     pub(super) use super::super::cuda::{Arg, SOLVER, Threads, kind, launch, pointer, pointer_at, u32_arg};
-    pub(super) use candle_core::{CudaStorage, DType, Result};
+    pub(super) use candle_core::{CudaStorage, DType, Layout, Result};
 
     impl super::Problem<'_> {
+        /// Runs a kernel on a state, whose address comes first, and the sizes last.
+        pub(super) fn launch(
+            self,
+            name: &str,
+            state: (&CudaStorage, &Layout),
+            args: &[Arg],
+            threads: Threads,
+        ) -> Result<()> {
+            let first = [pointer_at(state.0, state.1)?];
+            let sizes = [
+                u32_arg(self.width)?,
+                u32_arg(self.lanes)?,
+                u32_arg(self.grid.group_size)?,
+                Arg::F64(self.max_code()),
+            ];
+            let args = [&first, args, &sizes].concat();
+            launch(&state.0.device, SOLVER, name, threads, &args)
+        }
+
         /// Threads whose lanes share memory.
         pub(super) fn block_threads(self) -> Threads {
             Threads {
@@ -394,20 +413,14 @@ impl InplaceOp1 for Search<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
         use launching::*;
-        let problem = self.problem;
         let args = [
-            pointer_at(storage, layout)?,
             pointer(self.target)?,
             pointer(self.importance)?,
-            u32_arg(problem.lanes)?,
-            u32_arg(problem.groups())?,
-            u32_arg(problem.grid.group_size)?,
-            Arg::F64(problem.max_code()),
-            Arg::U32(problem.grid.symmetric.into()),
-            scale_kind(problem.grid)?,
+            Arg::U32(self.problem.grid.symmetric.into()),
+            scale_kind(self.problem.grid)?,
         ];
-        let threads = Threads::over(problem.lanes, problem.groups());
-        launch(&storage.device, SOLVER, "search", threads, &args)
+        let threads = Threads::over(self.problem.lanes, self.problem.groups());
+        self.problem.launch("search", (storage, layout), &args, threads)
     }
 }
 
@@ -449,23 +462,10 @@ impl InplaceOp1 for RoundPlainly<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
         use launching::*;
-        let problem = self.problem;
-        let args = [
-            pointer_at(storage, layout)?,
-            pointer(self.target)?,
-            pointer(self.scales)?,
-            u32_arg(problem.width)?,
-            u32_arg(problem.lanes)?,
-            u32_arg(problem.grid.group_size)?,
-            Arg::F64(problem.max_code()),
-        ];
-        launch(
-            &storage.device,
-            SOLVER,
-            "round_plainly",
-            Threads::over(problem.lanes, 1),
-            &args,
-        )
+        let args = [pointer(self.target)?, pointer(self.scales)?];
+        let threads = Threads::over(self.problem.lanes, 1);
+        self.problem
+            .launch("round_plainly", (storage, layout), &args, threads)
     }
 }
 
@@ -520,9 +520,7 @@ impl InplaceOp1 for Sweep<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
         use launching::*;
-        let problem = self.problem;
         let args = [
-            pointer_at(storage, layout)?,
             pointer(self.carried)?,
             pointer(self.target)?,
             pointer(self.lower)?,
@@ -530,12 +528,9 @@ impl InplaceOp1 for Sweep<'_> {
             pointer(self.columns)?,
             u32_arg(self.begin)?,
             u32_arg(self.rows)?,
-            u32_arg(problem.width)?,
-            u32_arg(problem.lanes)?,
-            u32_arg(problem.grid.group_size)?,
-            Arg::F64(problem.max_code()),
         ];
-        launch(&storage.device, SOLVER, "sweep", problem.block_threads(), &args)
+        let threads = self.problem.block_threads();
+        self.problem.launch("sweep", (storage, layout), &args, threads)
     }
 }
 
@@ -584,21 +579,16 @@ impl InplaceOp1 for Descend<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
         use launching::*;
-        let problem = self.problem;
         let args = [
-            pointer_at(storage, layout)?,
             pointer(self.gradient)?,
             pointer(self.hessian.gram)?,
             pointer(&self.hessian.damping)?,
             pointer(self.scales)?,
             u32_arg(self.begin)?,
             u32_arg(self.rows)?,
-            u32_arg(problem.width)?,
-            u32_arg(problem.lanes)?,
-            u32_arg(problem.grid.group_size)?,
-            Arg::F64(problem.max_code()),
         ];
-        launch(&storage.device, SOLVER, "descend", problem.block_threads(), &args)
+        let threads = self.problem.block_threads();
+        self.problem.launch("descend", (storage, layout), &args, threads)
     }
 }
 

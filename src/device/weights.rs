@@ -1,8 +1,9 @@
 //! Weights on their way to where the model runs.
 
 use crate::numerics::QuantizedWeight;
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail};
-use half::{bf16, f16};
+#[cfg(feature = "cuda")]
+use candle_core::Layout;
+use candle_core::{DType, Device, Result, Tensor};
 
 /// The values `bytes`, of `dtype`, on `device`. A CUDA device copies them while it computes what was asked of it before.
 ///
@@ -24,36 +25,36 @@ pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> R
     }
 }
 
-/// `weight` in `dtype` on `device`, `[rows, columns]`: codes travel, values are made there.
+/// `weight` in `dtype` on `device`, `[rows, columns]`. To a CUDA device the codes travel, and values are made there.
 ///
 /// # Errors
 /// The device has no memory left.
 pub fn dequantize(weight: &QuantizedWeight, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = (weight.rows, weight.columns);
-    let values = Tensor::zeros(shape, dtype, device)?;
-    values.inplace_op1(&Dequantize(weight))?;
-    Ok(values)
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => {
+            let values = Tensor::zeros(shape, dtype, device)?;
+            values.inplace_op1(&Dequantize(weight))?;
+            Ok(values)
+        }
+        device => Tensor::from_vec(weight.dequantize(), shape, device)?.to_dtype(dtype),
+    }
 }
 
+#[cfg(feature = "cuda")]
 struct Dequantize<'a>(&'a QuantizedWeight);
 
-impl InplaceOp1 for Dequantize<'_> {
+#[cfg(feature = "cuda")]
+impl candle_core::InplaceOp1 for Dequantize<'_> {
     fn name(&self) -> &'static str {
         "dequantize"
     }
 
-    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        let values = self.0.dequantize();
-        *storage = match storage {
-            CpuStorage::F32(_) => CpuStorage::F32(values),
-            CpuStorage::BF16(_) => CpuStorage::BF16(values.into_iter().map(bf16::from_f32).collect()),
-            CpuStorage::F16(_) => CpuStorage::F16(values.into_iter().map(f16::from_f32).collect()),
-            _ => bail!("weights are floating-point numbers"),
-        };
-        Ok(())
+    fn cpu_fwd(&self, _: &mut candle_core::CpuStorage, _: &Layout) -> Result<()> {
+        candle_core::bail!("on the CPU weights are dequantized as they are made")
     }
 
-    #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> Result<()> {
         use super::cuda::{FORWARD, Threads, kind, launch, pointer, pointer_at, u32_arg};
         use candle_core::backend::BackendStorage;

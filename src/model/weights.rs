@@ -264,10 +264,7 @@ impl Tower {
             ));
         }
         Ok(Linear {
-            weight: match self.placement.on_device {
-                true => device::weights::dequantize(weight, self.precision(), self.device())?,
-                false => Tensor::from_vec(weight.dequantize(), shape, self.device())?,
-            },
+            weight: device::weights::dequantize(weight, self.precision(), self.device())?,
             bias: self.bias(block, linear)?,
         })
     }

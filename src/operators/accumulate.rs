@@ -126,21 +126,18 @@ pub fn accumulate<'scope>(
                     let plan = &local.shared.plan;
                     let (block, first) = plan.step(step);
                     let owned = |site: SiteKind| local.owner(block, site) == local.index as u64;
-                    if owned(first) && local.shared.tower.placement().on_device {
-                        // The device is still busy with the batches: meanwhile it copies what will be solved.
-                        let shared = &local.shared;
-                        let ahead = || {
-                            shared
-                                .stages
-                                .original(step, &shared.plan, &shared.tower)
-                                .map(drop)
-                        };
-                        local.run("upload", ahead);
-                    }
                     if owned(first) {
+                        let shared = &local.shared;
+                        if shared.tower.placement().on_device {
+                            // The device is still busy with the batches: meanwhile it copies what will be solved.
+                            local.run("upload", || {
+                                let weights = shared.stages.original(step, plan, &shared.tower);
+                                weights.map(drop)
+                            });
+                        }
                         // What carried the batches here has served.
                         plan.carriers(step)
-                            .for_each(|carrier| local.shared.stages.forget(carrier));
+                            .for_each(|carrier| shared.stages.forget(carrier));
                     }
                     for site in plan.step_sites(step).iter().copied().filter(|site| owned(*site)) {
                         let summed = plan.leads(step) && plan.is_summed(block, site);

@@ -84,12 +84,9 @@ fn factor_site(local: &Local, step: u64, site: SiteKind, statistics: Summed) -> 
         Summed::Host(statistics) => on_host(local, step, name, statistics, damps)?,
         Summed::Device(sums) => {
             let refined = recipe.refine_rounds() > 0;
-            let factor = |damp| {
-                let factor = device::factor::Factor::new(name, &sums, damp, recipe.actorder, refined)?;
-                Ok(Arc::new(factor))
-            };
+            let factors = device::factor::Factor::by_damping(name, &sums, damps, recipe.actorder, refined)?;
             SiteFactors::Device {
-                factors: damps.map(factor).collect::<Result<_>>()?,
+                factors: factors.into_iter().map(Arc::new).collect(),
                 held_out: device::factor::held_out(&sums)?,
             }
         }

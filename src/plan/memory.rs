@@ -262,7 +262,8 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
             sites
                 * square
                 * (recipe.damp_percent.candidates().len() as u64
-                    * (1 + u64::from(recipe.refine_rounds() > 0) + matching)
+                    + u64::from(recipe.refine_rounds() > 0)
+                    + matching
                     + held_out),
         ),
     };

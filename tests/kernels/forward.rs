@@ -1,6 +1,7 @@
 //! The forward pass.
 
-use super::{Arg, number, of, random, run, to};
+use super::{Arg, number, of, run, to};
+use crate::reference::random;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, elementwise};

@@ -1,6 +1,7 @@
 //! Scales and codes.
 
-use super::{Arg, number, of, random, run, to};
+use super::{Arg, number, of, run, to};
+use crate::reference::random;
 use proptest::prelude::*;
 use quantflow::memory::Room;
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring};
@@ -55,12 +56,12 @@ fn searched(target: &[f64], importance: &[f64], grid: Grid) -> Vec<f64> {
         to(&mut scales),
         of(target),
         of(importance),
-        number(lanes),
-        number(groups),
-        number(grid.group_size),
-        Arg::F64(f64::from(grid.max_code())),
         Arg::U32(grid.symmetric.into()),
         kind(grid.scale_dtype),
+        number(importance.len()),
+        number(lanes),
+        number(grid.group_size),
+        Arg::F64(f64::from(grid.max_code())),
     ];
     run("search", (lanes, groups), 32, &args);
     scales

@@ -1,6 +1,7 @@
 //! Exact sums, and the matrices that are made of them.
 
-use super::{Arg, number, of, random, run, to};
+use super::{Arg, number, of, run, to};
+use crate::reference::random;
 use proptest::prelude::*;
 
 proptest! {

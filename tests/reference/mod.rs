@@ -2,6 +2,17 @@
 
 use quantflow::numerics::Grid;
 
+/// Numbers between -1 and 1, the same for the same seed (xorshift).
+pub(crate) fn random(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+}
+
 /// GPTQ as in the paper: Cholesky of the inverse Hessian, column by column, the remaining weights updated at once.
 ///
 /// `weights` is `[rows, width]`; `hessian` is the damped H; columns go in `order`; `scale` and `zero` give each row and column its grid.

@@ -11,9 +11,9 @@
 HELPER double clamp_code(double code, double max_code) { return code < 0.0 ? 0.0 : code > max_code ? max_code : code; }
 
 // scales[0] and scales[1], [groups, lanes] each: scale and zero point of the smallest weighted error over the shrinks of the range.
-KERNEL search(double *scales, const double *weights, const double *importance, unsigned lanes, unsigned groups, unsigned group,
-              double max_code, unsigned symmetric, int kind) {
-  unsigned lane = thread_x(), g = blockIdx.y;
+KERNEL search(double *scales, const double *weights, const double *importance, unsigned symmetric, int kind, unsigned width,
+              unsigned lanes, unsigned group, double max_code) {
+  unsigned lane = thread_x(), g = blockIdx.y, groups = width / group;
   if (lane >= lanes) return;
   const double *w = weights + at((size_t)g * group, lanes, lane);
   double low = 0.0, high = 0.0;
