@@ -38,6 +38,7 @@ pub(super) fn finish(
         output,
         clock,
         observer,
+        budget,
         ..
     } = shared;
     let reused_linears = made.kept.len();
@@ -84,6 +85,7 @@ pub(super) fn finish(
         peak_host_bytes: report::peak_host_bytes(),
         peak_device_bytes: tower.placement().peak_bytes(),
         plan_peak_host_bytes: 0,
+        asked_peak_host_bytes: budget.peak(),
         plan_peak_device_bytes: 0,
         calibration_tokens: job.calibration_tokens(),
         linears: rows.len(),

@@ -7,6 +7,7 @@
 use super::quantize::{Job, PROBE_TOKENS};
 use super::run::{self, feed};
 use crate::artifact::Artifact;
+use crate::budget::Budget;
 use crate::calibration;
 use crate::error::{Error, Result};
 use crate::operators::accumulate::Sums;
@@ -73,6 +74,7 @@ pub fn losses(
     let chunks: usize = linears.map(|linear| linear.rows.div_ceil(CHUNK_ROWS)).sum();
     observer.phase("predict", chunks as u64);
     let linears = plan.linears.len();
+    let budget = Budget::new(fit.limit);
     let shared = Arc::new(Shared {
         rotary: tower.rotary(PROBE_TOKENS)?,
         probe: calibration::probe(tower.spec.vocab_size, PROBE_TOKENS),
@@ -84,7 +86,8 @@ pub fn losses(
         pass: Pass::Quantized,
         sums: Sums::default(),
         experts: ExpertTokens::default(),
-        stages: Stages::default(),
+        stages: Stages::new(Arc::clone(&budget)),
+        budget,
         output: Output::open(work, "predict")?,
         observer: Arc::clone(observer),
         clock: Clock::default(),

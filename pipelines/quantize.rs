@@ -5,6 +5,7 @@ use super::resolve::{self, Earlier};
 use super::statistics::{self, Change};
 use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
+use crate::budget::Budget;
 use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
 use crate::checkpoint::{OutputLayout, OutputWriter, hex};
 use crate::device::Placement;
@@ -84,6 +85,8 @@ pub struct Summary {
     pub peak_device_bytes: u64,
     /// What the plan predicted.
     pub plan_peak_host_bytes: u64,
+    /// The most that operators had asked for at a time: the plan's promise is that it is no more than that.
+    pub asked_peak_host_bytes: u64,
     /// What the plan predicted for the device.
     pub plan_peak_device_bytes: u64,
     /// Tokens of the calibration.
@@ -293,6 +296,7 @@ pub(super) fn run(
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
     let length = job.calibration.length_max();
     tower.expect_length(length)?;
+    let budget = Budget::new(fit.limit);
     let shared = Arc::new(Shared {
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
@@ -307,7 +311,8 @@ pub(super) fn run(
         probe,
         sums: Sums::default(),
         experts: ExpertTokens::default(),
-        stages: Stages::default(),
+        stages: Stages::new(Arc::clone(&budget)),
+        budget,
         output,
         observer: Arc::clone(observer),
         clock: match job.placement.on_device {

@@ -93,6 +93,14 @@ where
     B: Fn(&mut Worker, &Rc<Local>) + Send + Sync + 'static,
 {
     storage::create_folder(&shared.scratch)?;
+    let budget = &shared.budget;
+    let _taken = (
+        budget.take(
+            "the program and the source's readers",
+            shared.plan.process_bytes(),
+        )?,
+        budget.take("activations", shared.fit.resident_activation_bytes)?,
+    );
     let resident = shared.fit.resident_activation_bytes as usize / workers;
     let precision = match shared.tower.weight_dtype() {
         Dtype::BF16 => Precision::Bf16,
@@ -131,13 +139,12 @@ pub fn feed<D: Clone + 'static>(
     let first = shared.plan.block_steps(shared.output.blocks_done()).start;
     for step in first..shared.plan.steps() {
         input.advance_to(step);
-        input.send(record.clone());
-        input.advance_to(step + 1);
         while probe.less_than(&(step + 1).saturating_sub(in_flight)) && !shared.halt.is_raised() {
             worker.step_or_park(Some(PARK));
         }
         if shared.halt.is_raised() {
             return;
         }
+        input.send(record.clone());
     }
 }

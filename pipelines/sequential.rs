@@ -1,8 +1,8 @@
 //! The sequential graph: statistics of each site come from a prefix that is already quantized.
 //!
 //! ```text
-//! batches ──exchange──►   embed (replays what is done)
-//!                             │ Go
+//! batches ──exchange──► embed ─► replay (what is done)
+//!                                   │ Go
 //!   ┌──── time = step, a position in the plan ───────────────────────────────┐
 //!   │                         ▼                                              │
 //!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─┐    │
@@ -26,6 +26,7 @@ use crate::operators::factor::factor;
 use crate::operators::forward::forward;
 use crate::operators::install::install;
 use crate::operators::pack::pack;
+use crate::operators::replay::replay;
 use crate::operators::solve::solve;
 use std::rc::Rc;
 use timely::dataflow::operators::vec::ToStream;
@@ -45,7 +46,8 @@ pub fn build(worker: &mut Worker, local: &Rc<Local>, order: &[usize]) {
     let local = || Rc::clone(local);
     worker.dataflow_named("sequential", |scope| {
         let (next, cycle) = scope.feedback(1);
-        let steps = embed(batches.to_stream(scope), local()).concat(cycle);
+        let begun = replay(embed(batches.to_stream(scope), local()), local());
+        let steps = begun.concat(cycle);
         let inputs = forward(steps, local());
         let sums = accumulate(inputs, local());
         let factors = factor(sums, local());

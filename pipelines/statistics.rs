@@ -20,6 +20,7 @@
 use super::quantize::{PROBE_TOKENS, WORK_FOLDER};
 use super::run;
 use crate::artifact::{Artifact, FULL_PRECISION, HEADER, Header, Held, Origin};
+use crate::budget::Budget;
 use crate::calibration::{self, Batch, ContentId, Documents, Placed, Tokens, Usage, tokenizer_digest};
 use crate::checkpoint::hex;
 use crate::error::{Error, IoContext, Result};
@@ -35,6 +36,7 @@ use crate::operators::forward::forward;
 use crate::operators::groups::changed_groups;
 use crate::operators::keep::keep;
 use crate::operators::local::Output;
+use crate::operators::replay::replay;
 use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
 use crate::plan::{Graph, Load, Plan};
@@ -131,6 +133,8 @@ pub struct Summary {
     pub peak_host_bytes: u64,
     /// What the plan predicted.
     pub plan_peak_host_bytes: u64,
+    /// The most that operators had asked for at a time: the plan's promise is that it is no more than that.
+    pub asked_peak_host_bytes: u64,
     /// What was read and what was left out.
     pub calibration: Usage,
     /// CPU seconds by operator.
@@ -148,7 +152,8 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>, work:
     let local = || Rc::clone(local);
     worker.dataflow_named("statistics", |scope| {
         let (next, cycle) = scope.feedback(1);
-        let steps = embed(batches.to_stream(scope), local()).concat(cycle);
+        let begun = replay(embed(batches.to_stream(scope), local()), local());
+        let steps = begun.concat(cycle);
         let inputs = forward(steps, local());
         let sums = accumulate(inputs, local());
         keep(sums, local(), Arc::clone(artifact), work.to_owned()).connect_loop(next);
@@ -198,6 +203,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let output = Output::open(&work, &fingerprint)?;
     let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
     let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
+    let budget = Budget::new(fit.limit);
     let shared = Arc::new(Shared {
         rotary: tower.rotary(length.max(PROBE_TOKENS))?,
         tower,
@@ -209,7 +215,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         probe,
         sums: Sums::default(),
         experts: ExpertTokens::default(),
-        stages: Stages::default(),
+        stages: Stages::new(Arc::clone(&budget)),
+        budget,
         output,
         observer: Arc::clone(observer),
         clock: Clock::default(),
@@ -240,6 +247,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         cpu_seconds: (report::process_cpu() - begin.1).as_secs_f64(),
         peak_host_bytes: report::peak_host_bytes(),
         plan_peak_host_bytes: plan_peak,
+        asked_peak_host_bytes: shared.budget.peak(),
         calibration: job.documents.usage.clone(),
         operators: shared.clock.seconds(),
     })

@@ -4,6 +4,7 @@
 
 pub mod allocation;
 pub mod artifact;
+pub mod budget;
 pub mod calibration;
 pub mod checkpoint;
 pub mod cli;

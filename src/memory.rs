@@ -2,6 +2,7 @@
 //! what a matrix means nor who decides; the plan decides, by step. Both are mapped, not allocated: what is dropped goes back to the
 //! system at once, where an allocator would keep it for what never comes (seen: a fifth of a peak).
 
+use crate::budget::{Budget, Grant};
 use crate::error::{IoContext, Result};
 use crate::storage::ScratchMap;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
@@ -17,8 +18,10 @@ const MAPPED_BYTES_MIN: usize = 64 << 10;
 /// Where new regions are made.
 #[derive(Clone, Debug)]
 pub enum Room {
-    /// Resident.
+    /// Resident, whatever they take.
     Memory,
+    /// Resident, within a budget.
+    Budget(Arc<Budget>),
     /// In nameless files in this folder.
     Scratch(Arc<Path>),
 }
@@ -27,27 +30,32 @@ impl Room {
     /// A region of `length` zeros.
     ///
     /// # Errors
-    /// The disk, or the system, has no room for it.
+    /// The disk, the budget, or the system has no room for it.
     pub fn zeros<T: Pod>(&self, length: usize) -> Result<Region<T>> {
         let bytes = length * size_of::<T>();
-        Ok(Region(match self {
-            Self::Memory if bytes < MAPPED_BYTES_MIN => Place::Memory(vec![T::zeroed(); length]),
-            Self::Memory => {
+        let grant = match self {
+            Self::Budget(budget) => budget.take("matrices", bytes as u64)?,
+            Self::Memory | Self::Scratch(_) => Grant::default(),
+        };
+        let place = match self {
+            Self::Scratch(folder) => Place::Scratch(ScratchMap::create(folder, bytes)?, length),
+            _ if bytes < MAPPED_BYTES_MIN => Place::Memory(vec![T::zeroed(); length]),
+            _ => {
                 let map = MmapMut::map_anon(bytes);
                 Place::Mapped(
                     map.context("map memory for", Path::new("large matrices"))?,
                     length,
                 )
             }
-            Self::Scratch(folder) => Place::Scratch(ScratchMap::create(folder, bytes)?, length),
-        }))
+        };
+        Ok(Region(place, grant))
     }
 }
 
 /// A fixed number of values. Those in a scratch file are resident from the first touch through a guard until that guard goes; so a
 /// kernel that works through a matrix region by region needs the memory of those that it holds.
 #[derive(Debug)]
-pub struct Region<T>(Place<T>);
+pub struct Region<T>(Place<T>, Grant);
 
 #[derive(Debug)]
 enum Place<T> {
@@ -88,11 +96,12 @@ impl<T: Pod> Region<T> {
     /// The types have different sizes.
     pub fn cast<U: Pod>(self) -> Region<U> {
         assert_eq!(size_of::<T>(), size_of::<U>());
-        Region(match self.0 {
+        let place = match self.0 {
             Place::Memory(values) => Place::Memory(bytemuck::allocation::cast_vec(values)),
             Place::Mapped(map, length) => Place::Mapped(map, length),
             Place::Scratch(map, length) => Place::Scratch(map, length),
-        })
+        };
+        Region(place, self.1)
     }
 
     fn values(&self) -> &[T] {
@@ -112,7 +121,7 @@ impl<T: Pod> Region<T> {
 
 impl<T> From<Vec<T>> for Region<T> {
     fn from(values: Vec<T>) -> Self {
-        Self(Place::Memory(values))
+        Self(Place::Memory(values), Grant::default())
     }
 }
 

@@ -111,7 +111,13 @@ pub(crate) fn rtn(model: &Path, output: &Path, workers: usize) -> Job {
 
 pub(crate) fn run(job: &Job) -> Result<Summary> {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
-    quantize(job, &observer, &Arc::<Halt>::default())
+    let summary = quantize(job, &observer, &Arc::<Halt>::default())?;
+    let (asked, planned) = (summary.asked_peak_host_bytes, summary.plan_peak_host_bytes);
+    assert!(
+        asked <= planned,
+        "asked for {asked} bytes where {planned} were planned"
+    );
+    Ok(summary)
 }
 
 pub(crate) fn compare(model: &Path, reference: &Path, windows: Calibration, workers: usize) -> Scores {

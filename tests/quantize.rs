@@ -44,7 +44,13 @@ pub(crate) fn job(output: &Path) -> Job {
 
 pub(crate) fn run(job: &Job) -> Result<Summary> {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
-    quantize(job, &observer, &Arc::default())
+    let summary = quantize(job, &observer, &Arc::default())?;
+    let (asked, planned) = (summary.asked_peak_host_bytes, summary.plan_peak_host_bytes);
+    assert!(
+        asked <= planned,
+        "asked for {asked} bytes where {planned} were planned"
+    );
+    Ok(summary)
 }
 
 #[test]

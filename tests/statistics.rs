@@ -57,7 +57,13 @@ fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
 
 fn run(job: &Job) -> Result<Summary> {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
-    update(job, &observer, &Arc::default())
+    let summary = update(job, &observer, &Arc::default())?;
+    let (asked, planned) = (summary.asked_peak_host_bytes, summary.plan_peak_host_bytes);
+    assert!(
+        asked <= planned,
+        "asked for {asked} bytes where {planned} were planned"
+    );
+    Ok(summary)
 }
 
 /// Every file of an artifact but its header, whose source numbers tell the order of the changes.
@@ -436,7 +442,9 @@ impl Counting {
 
     fn solve(self: &Arc<Self>, job: &quantize::Job) -> Result<quantize::Summary> {
         let observer: Arc<dyn Observer> = Arc::<Self>::clone(self);
-        resolve::solve(job, &observer, &self.halt)
+        let summary = resolve::solve(job, &observer, &self.halt)?;
+        assert!(summary.asked_peak_host_bytes <= summary.plan_peak_host_bytes);
+        Ok(summary)
     }
 
     fn solved(&self) -> i64 {

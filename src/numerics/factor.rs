@@ -71,6 +71,9 @@ pub fn shift(mut cross: Panels, gram: &Panels) -> Panels {
     cross
 }
 
+/// Panels of matrices in files that the factorization holds at a time: its own, one that it reads, one of the matrix that it copies from.
+pub const PANELS_HELD: u64 = 3;
+
 /// How a Hessian is to be factored.
 #[derive(Clone, Copy, Debug)]
 pub struct Factoring<'a> {

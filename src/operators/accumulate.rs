@@ -3,6 +3,7 @@
 
 use super::local::Local;
 use super::records::{Inputs, Merged, SiteInput, Summed};
+use crate::budget::Grant;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
@@ -24,7 +25,11 @@ pub struct Sums(Mutex<BTreeMap<Of, Arc<Adding>>>);
 /// Sums of a site that are added to, where the activations are.
 #[derive(Debug)]
 enum Adding {
-    Host(Accumulator),
+    Host {
+        sums: Accumulator,
+        /// Of the panels in memory, where the others lie in files.
+        _panels: Grant,
+    },
     Device(device::sums::Sums),
 }
 
@@ -42,15 +47,20 @@ impl Adding {
                 tower.precision(),
                 x.device(),
             )?),
-            false => Self::Host(SiteStatistics::new(exponents, products, &shared.room(step))?.into()),
+            false => {
+                // Each worker adds to one panel at a time.
+                let _panels = shared.take_panels(step, local.peers as u64)?;
+                let sums = SiteStatistics::new(exponents, products, &shared.room(step))?.into();
+                Self::Host { sums, _panels }
+            }
         })
     }
 
     fn add(&self, record: &Inputs, input: &SiteInput) -> Result<()> {
         let (original, times) = (input.original.as_ref(), record.multiplicity);
         match (self, record.held_out) {
-            (Self::Host(sums), true) => sums.add_held_out(&values(&input.x)?, times),
-            (Self::Host(sums), false) => {
+            (Self::Host { sums, .. }, true) => sums.add_held_out(&values(&input.x)?, times),
+            (Self::Host { sums, .. }, false) => {
                 let original = original.map(values).transpose()?;
                 sums.add(&values(&input.x)?, original.as_deref(), times)
             }
@@ -61,7 +71,7 @@ impl Adding {
 
     fn finish(self) -> Result<Summed> {
         match self {
-            Self::Host(sums) => Ok(Summed::Host(sums.finish()?)),
+            Self::Host { sums, .. } => Ok(Summed::Host(sums.finish()?)),
             Self::Device(sums) => {
                 sums.check()?;
                 Ok(Summed::Device(Arc::new(sums)))

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::plan::{CHUNK_ROWS, PlannedLinear};
 use candle_core::Tensor;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
@@ -28,6 +29,14 @@ pub struct Chunk {
 }
 
 impl Chunk {
+    /// Its rows of the linear.
+    pub fn rows(&self, local: &Local) -> Range<usize> {
+        let planned = &local.shared.plan.linears[self.linear];
+        let height = chunk_rows(local, planned);
+        let first = self.chunk * height;
+        first..planned.rows.min(first + height)
+    }
+
     /// Its original weights, `[rows, columns]`, where the linear is.
     ///
     /// # Errors
@@ -35,11 +44,9 @@ impl Chunk {
     pub fn tensor(&self, local: &Local) -> Result<Tensor> {
         let shared = &local.shared;
         let planned = &shared.plan.linears[self.linear];
-        let height = chunk_rows(local, planned);
-        let first = self.chunk * height;
-        let rows = height.min(planned.rows - first);
+        let rows = self.rows(local);
         let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
-        Ok(originals[planned.slot].weight.narrow(0, first, rows)?)
+        Ok(originals[planned.slot].weight.narrow(0, rows.start, rows.len())?)
     }
 
     /// [`Self::tensor`] in memory, row-major.

@@ -48,6 +48,7 @@ pub fn commit<'scope>(
             let committed = packed.into_iter().map(|linear| Committed {
                 linear: linear.linear,
                 quantized: linear.quantized,
+                bytes: linear.bytes,
             });
             Ok(committed.collect())
         },

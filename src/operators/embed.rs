@@ -1,18 +1,16 @@
-//! `embed`: batches become residuals; blocks that an earlier run of the same command finished are replayed with their
-//! committed weights, so that the stream is where that run left it.
+//! `embed`: batches become residuals.
 
 use super::activations::{PROBE, Slot};
-use super::forward::advance;
 use super::local::Local;
 use super::records::Go;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Exchange;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// Takes batch positions, dealt over the workers; once all have come, says [`Go`] at the first step that is not done.
+/// Takes batch positions, dealt over the workers; once all have come, says [`Go`].
 pub fn embed<'scope>(
     batches: StreamVec<'scope, u64, (u64, usize)>,
     local: Rc<Local>,
@@ -34,8 +32,8 @@ pub fn embed<'scope>(
                 }
                 if let Some(capability) = held.take() {
                     local.batches.borrow_mut().sort_unstable();
-                    if let Some(first) = local.run("embed", || start(&local)) {
-                        output.session(&capability.delayed(&first)).give(Go);
+                    if local.run("embed", || fill(&local)).is_some() {
+                        output.session(&capability).give(Go);
                     }
                 }
             }
@@ -43,17 +41,11 @@ pub fn embed<'scope>(
     )
 }
 
-/// Fills the store; returns the first step to run.
-fn start(local: &Local) -> Result<u64> {
+/// Fills the store.
+fn fill(local: &Local) -> Result<()> {
     let shared = &local.shared;
-    let done = shared.output.blocks_done();
-    let own = local.batches.borrow();
-    for &position in own.iter().chain([&PROBE]) {
-        let tokens = match position {
-            PROBE => &shared.probe,
-            position => &shared.batches[position].tokens,
-        };
-        let residual = shared.tower.embed(tokens)?;
+    for &position in local.batches.borrow().iter().chain([&PROBE]) {
+        let residual = shared.tower.embed(local.tokens(position))?;
         for &stream in shared.pass.streams() {
             local
                 .store
@@ -62,18 +54,5 @@ fn start(local: &Local) -> Result<u64> {
         }
     }
     shared.tower.release_embedding();
-    let first = shared.plan.block_steps(done).start;
-    for step in 0..first {
-        for &position in own.iter().chain([&PROBE]) {
-            if shared.halt.is_raised() {
-                return Err(Error::Interrupted);
-            }
-            advance(local, step, position, false)?;
-        }
-        // What carried these batches has served; a worker that is behind reads it again.
-        if let Some(before) = step.checked_sub(1) {
-            shared.stages.forget(before);
-        }
-    }
-    Ok(first)
+    Ok(())
 }

@@ -7,7 +7,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::Room;
 use crate::model::SiteKind;
-use crate::numerics::factor::{Factor, Factoring, shift};
+use crate::numerics::factor::{Factor, Factoring, PANELS_HELD, shift};
 use crate::statistics::SiteStatistics;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -112,6 +112,7 @@ fn on_host(
         .gram
         .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
     let room = local.shared.room(step);
+    let _panels = local.shared.take_panels(step, PANELS_HELD)?;
     let refined = recipe.refine_rounds() > 0;
     // What lies in files is read by whole rows.
     let gram = match refined || matches!(room, Room::Scratch(_)) {

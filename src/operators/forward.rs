@@ -5,9 +5,10 @@ use super::activations::{Key, PROBE, Slot, Stream};
 use super::local::Local;
 use super::mixture;
 use super::records::{Go, Inputs, SiteInput};
+use super::stages::Weights;
 use crate::error::{Error, Result};
 use crate::model::mla::Latents;
-use crate::model::{Block, Linear, SiteKind};
+use crate::model::{Block, SiteKind};
 use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -101,13 +102,13 @@ impl<'a> Passage<'a> {
     }
 
     /// The linears of a step.
-    pub(super) fn linears(&self, step: u64) -> Result<Arc<Vec<Linear>>> {
+    pub(super) fn linears(&self, step: u64) -> Result<Arc<Weights>> {
         let shared = &self.local.shared;
         match self.stream {
             Stream::Original => shared.stages.original(step, &shared.plan, &shared.tower),
-            Stream::Quantized => shared
-                .stages
-                .quantized(step, || super::install::committed_linears(shared, step)),
+            Stream::Quantized => shared.stages.quantized(step, &shared.plan, &shared.tower, || {
+                super::install::committed_linears(shared, step)
+            }),
         }
     }
 
@@ -143,6 +144,8 @@ impl<'a> Passage<'a> {
 pub fn advance(local: &Local, step: u64, position: usize, sums: bool) -> Result<Inputs> {
     let shared = &local.shared;
     let (block, site) = shared.plan.step(step);
+    let (tokens, streams) = (local.tokens(position).len(), shared.pass.streams().len());
+    let bytes = (shared.budget).take("a batch", shared.plan.batch_bytes(step, tokens, streams))?;
     let sites = match site {
         SiteKind::ExpertDown(_) => mixture::expert_inputs(local, step, position, sums)?,
         site => {
@@ -163,6 +166,7 @@ pub fn advance(local: &Local, step: u64, position: usize, sums: bool) -> Result<
         multiplicity: batch.map_or(0, |batch| batch.multiplicity),
         held_out: batch.is_some_and(|batch| batch.held_out),
         sites,
+        bytes,
     })
 }
 

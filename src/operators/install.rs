@@ -6,6 +6,7 @@ use super::records::{Committed, Go};
 use crate::error::Result;
 use crate::model::Linear;
 use crate::numerics::QuantizedWeight;
+use crate::plan::PlannedLinear;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -24,9 +25,12 @@ pub fn install<'scope>(
         local,
         move |step, mut committed: Vec<Committed>| {
             committed.sort_by_key(|linear| linear.linear);
-            shared.stages.quantized(step, || {
-                let weights = committed.iter().map(|linear| linear.quantized.as_deref());
-                linears(&shared, step, weights)
+            shared.stages.quantized(step, &shared.plan, &shared.tower, || {
+                let planned = shared.plan.step_linears(step).iter();
+                let pairs = planned.zip(&committed);
+                pairs
+                    .map(|(linear, committed)| installed(&shared, linear, committed.quantized.as_deref()))
+                    .collect()
             })?;
             Ok(if step + 1 < shared.plan.steps() {
                 vec![Go]
@@ -46,31 +50,25 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
         let at = writer.layout().tensors().get(name)?;
         Some((at.spec.clone(), writer.read(name).ok()?.into()))
     };
-    let weights: Vec<Option<QuantizedWeight>> = plan
-        .step_linears(step)
-        .iter()
+    let linears = plan.step_linears(step).iter();
+    linears
         .map(|linear| {
-            linear
+            let codes = plan.code_bytes(linear, linear.rows) + plan.packed_bytes(linear);
+            let _codes = shared.budget.take("codes", codes)?;
+            let weight = linear
                 .grid
                 .map(|_| plan.format.unpack(&linear.name, &config, &read))
-                .transpose()
+                .transpose()?;
+            installed(shared, linear, weight.as_ref())
         })
-        .collect::<Result<_>>()?;
-    linears(shared, step, weights.iter().map(Option::as_ref))
+        .collect()
 }
 
 /// `None` keeps the original weight.
-fn linears<'a>(
-    shared: &Shared,
-    step: u64,
-    weights: impl Iterator<Item = Option<&'a QuantizedWeight>>,
-) -> Result<Vec<Linear>> {
+fn installed(shared: &Shared, linear: &PlannedLinear, weight: Option<&QuantizedWeight>) -> Result<Linear> {
     let tower = &shared.tower;
-    let pairs = shared.plan.step_linears(step).iter().zip(weights);
-    pairs
-        .map(|(linear, weight)| match weight {
-            None => tower.linear(linear.block, &linear.spec),
-            Some(weight) => tower.quantized_linear(linear.block, &linear.spec, weight),
-        })
-        .collect()
+    match weight {
+        None => tower.linear(linear.block, &linear.spec),
+        Some(weight) => tower.quantized_linear(linear.block, &linear.spec, weight),
+    }
 }

@@ -4,6 +4,7 @@ use super::accumulate::Sums;
 use super::activations::{ActivationStore, Stream};
 use super::experts::ExpertTokens;
 use super::stages::Stages;
+use crate::budget::{Budget, Grant};
 use crate::calibration::Batch;
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
@@ -145,6 +146,8 @@ pub struct Shared {
     pub plan: Plan,
     /// How it fits into the memory.
     pub fit: Fit,
+    /// The memory: whoever takes much of it asks.
+    pub budget: Arc<Budget>,
     /// Where activations and matrices go that do not.
     pub scratch: Arc<Path>,
     /// Calibration batches.
@@ -176,7 +179,15 @@ impl Shared {
     pub fn room(&self, step: u64) -> Room {
         match self.fit.is_spilled(step) {
             true => Room::Scratch(Arc::clone(&self.scratch)),
-            false => Room::Memory,
+            false => Room::Budget(Arc::clone(&self.budget)),
+        }
+    }
+
+    /// Asks for so many panels of a step's matrices, if they lie in scratch files: no more of them is resident at a time.
+    pub fn take_panels(&self, step: u64, panels: u64) -> Result<Grant> {
+        match self.fit.is_spilled(step) {
+            true => (self.budget).take("panels of matrices", panels * self.plan.panel_bytes(step)),
+            false => Ok(Grant::default()),
         }
     }
 }
@@ -203,6 +214,14 @@ impl Local {
             _ => 0,
         };
         ((block + turn) % self.peers) as u64
+    }
+
+    /// Tokens of a batch, all its sequences.
+    pub fn tokens(&self, position: usize) -> &[u32] {
+        match position {
+            super::activations::PROBE => &self.shared.probe,
+            position => &self.shared.batches[position].tokens,
+        }
     }
 
     /// Tokens of one sequence of a batch.

@@ -21,6 +21,7 @@ mod mixture;
 pub mod pack;
 pub mod predict;
 pub mod records;
+pub mod replay;
 pub mod solve;
 pub mod spread;
 pub mod stages;

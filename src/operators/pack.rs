@@ -35,12 +35,12 @@ pub fn pack<'scope>(
                 .map(|(linear, mut chunks)| {
                     chunks.sort_by_key(|chunk| chunk.chunk);
                     let planned = &shared.plan.linears[linear];
+                    let (plan, budget) = (&shared.plan, &shared.budget);
+                    let bytes = budget.take("codes", plan.code_bytes(planned, planned.rows))?;
                     let Some((weight, mut row)) = assemble(planned, chunks)? else {
                         return Ok(PackedLinear {
                             linear,
-                            quantized: None,
-                            tensors: Vec::new(),
-                            row: None,
+                            ..PackedLinear::default()
                         });
                     };
                     let sent = (planned.expert()).and_then(|e| shared.experts.of(planned.block, e));
@@ -49,9 +49,11 @@ pub fn pack<'scope>(
                     }
                     Ok(PackedLinear {
                         linear,
-                        tensors: shared.plan.format.pack(&weight),
+                        packed: budget.take("packed tensors", plan.packed_bytes(planned))?,
+                        tensors: plan.format.pack(&weight),
                         quantized: Some(Arc::new(weight)),
                         row: Some(row),
+                        bytes,
                     })
                 })
                 .collect()

@@ -1,5 +1,6 @@
 //! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
 
+use crate::budget::Grant;
 use crate::device::{self, sums::Sums};
 use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
@@ -27,6 +28,8 @@ pub struct Inputs {
     pub held_out: bool,
     /// Those that are to be summed. None where an earlier step summed them; of an expert, where no token is sent to it.
     pub sites: Vec<SiteInput>,
+    /// Of what the batch takes on its way.
+    pub bytes: Grant,
 }
 
 /// A site's input for one batch: `[tokens, width]`. An expert's rows are multiplied by their gates.
@@ -137,6 +140,9 @@ pub struct SolvedChunk {
     pub held_out: Option<(f64, f64)>,
     /// CPU seconds.
     pub seconds: f64,
+    /// Of the codes.
+    #[serde(skip)]
+    pub bytes: Grant,
 }
 
 /// What the report tells of a factor.
@@ -166,7 +172,7 @@ pub struct PredictedChunk {
 }
 
 /// A whole linear, in the output's layout.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct PackedLinear {
     /// Position in the plan.
     pub linear: usize,
@@ -176,6 +182,12 @@ pub struct PackedLinear {
     pub tensors: Vec<Vec<u8>>,
     /// Its line in the report.
     pub row: Option<Row>,
+    /// Of the codes.
+    #[serde(skip)]
+    pub bytes: Grant,
+    /// Of the tensors.
+    #[serde(skip)]
+    pub packed: Grant,
 }
 
 /// A linear that is on its way to the disk: the forward pass may use it.
@@ -185,4 +197,7 @@ pub struct Committed {
     pub linear: usize,
     /// `None` for a linear that is left alone.
     pub quantized: Option<Arc<QuantizedWeight>>,
+    /// Of the codes.
+    #[serde(skip)]
+    pub bytes: Grant,
 }

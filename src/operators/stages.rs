@@ -1,11 +1,13 @@
 //! Weights of the steps in work, shared by the workers of a process: the originals, loaded when first asked for, and the quantized
 //! ones, installed when committed. A step's weights are dropped as soon as nobody needs them.
 
+use crate::budget::{Budget, Grant};
 use crate::error::{Error, Result};
 use crate::model::{Block, Linear, Rotary, Tower};
 use crate::plan::Plan;
 use crate::report::release_free_memory;
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 
 /// Steps whose weights are kept: the one that is solved and the one before it, which the forward pass uses.
@@ -50,22 +52,51 @@ impl<T> Shelf<T> {
     }
 }
 
+/// The linears of a step.
+#[derive(Debug)]
+pub struct Weights {
+    linears: Vec<Linear>,
+    /// Of what they take in memory.
+    _bytes: Grant,
+}
+
+impl Deref for Weights {
+    type Target = [Linear];
+
+    fn deref(&self) -> &[Linear] {
+        &self.linears
+    }
+}
+
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Stages {
-    original: Shelf<Vec<Linear>>,
-    quantized: Shelf<Vec<Linear>>,
+    budget: Arc<Budget>,
+    original: Shelf<Weights>,
+    quantized: Shelf<Weights>,
     blocks: Shelf<Block>,
 }
 
 impl Stages {
+    /// No weights; those that will be loaded are asked of `budget`.
+    pub fn new(budget: Arc<Budget>) -> Self {
+        Self {
+            budget,
+            original: Shelf::default(),
+            quantized: Shelf::default(),
+            blocks: Shelf::default(),
+        }
+    }
+
     /// The original linears of a step, in f32.
-    pub fn original(&self, step: u64, plan: &Plan, tower: &Tower) -> Result<Arc<Vec<Linear>>> {
+    pub fn original(&self, step: u64, plan: &Plan, tower: &Tower) -> Result<Arc<Weights>> {
         self.original.get(step, STEPS_KEPT, || {
-            let linears = plan.step_linears(step).iter();
-            linears
-                .map(|linear| tower.linear(linear.block, &linear.spec))
-                .collect()
+            self.weights(step, plan, tower, || {
+                let linears = plan.step_linears(step).iter();
+                linears
+                    .map(|linear| tower.linear(linear.block, &linear.spec))
+                    .collect()
+            })
         })
     }
 
@@ -73,9 +104,30 @@ impl Stages {
     pub fn quantized(
         &self,
         step: u64,
+        plan: &Plan,
+        tower: &Tower,
         load: impl FnOnce() -> Result<Vec<Linear>>,
-    ) -> Result<Arc<Vec<Linear>>> {
-        self.quantized.get(step, STEPS_KEPT, load)
+    ) -> Result<Arc<Weights>> {
+        self.quantized
+            .get(step, STEPS_KEPT, || self.weights(step, plan, tower, load))
+    }
+
+    fn weights(
+        &self,
+        step: u64,
+        plan: &Plan,
+        tower: &Tower,
+        load: impl FnOnce() -> Result<Vec<Linear>>,
+    ) -> Result<Weights> {
+        let bytes = self.budget.take("weights", plan.weight_bytes(step))?;
+        Ok(Weights {
+            linears: load()?,
+            // On a device they have left the memory.
+            _bytes: match tower.placement().on_device {
+                true => Grant::default(),
+                false => bytes,
+            },
+        })
     }
 
     /// Drops the weights of a step that every batch has passed, and gives the memory back.

@@ -5,7 +5,10 @@ use super::{CHUNK_ROWS, Plan, PlannedLinear};
 use crate::device::solver::rows_at_a_time;
 use crate::device::sums::PANEL_ROWS as DEVICE_PANEL_ROWS;
 use crate::error::{Error, Result};
+use crate::numerics::Grid;
+use crate::numerics::factor::PANELS_HELD;
 use crate::numerics::panels::{PANEL_ROWS, Shape};
+use std::ops::Range;
 
 /// Process, tokenizer, allocator slack: what a run costs before its first tensor.
 const BASE_BYTES: u64 = 64 << 20;
@@ -19,6 +22,9 @@ const GROUP_BYTES: u64 = 1 << 30;
 const DEVICE_BASE_BYTES: u64 = 768 << 20;
 /// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, those of the refinement, temporaries.
 const DEVICE_SOLVER_MATRICES: u64 = 12;
+
+/// Scale and zero point of a group, in memory.
+const GROUP_BYTES_KEPT: usize = 5;
 
 /// Which graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +63,8 @@ pub struct Load {
 /// How a run fits into its budget.
 #[derive(Clone, Debug, Default)]
 pub struct Fit {
+    /// The budget, or what the machine has.
+    pub limit: u64,
     /// Predicted peak of resident bytes.
     pub peak_host_bytes: u64,
     /// The share of it that activations may take, over all workers.
@@ -163,6 +171,7 @@ impl Plan {
                 .sum::<u64>()
         };
         Ok(Fit {
+            limit,
             peak_host_bytes: fixed + resident,
             resident_activation_bytes: resident,
             scratch_bytes: activations - resident + (0..self.steps()).map(in_files).max().unwrap_or(0),
@@ -224,16 +233,98 @@ impl Plan {
     fn peak(&self, load: &Load, step: u64, spilled: &[bool]) -> u64 {
         let own = self.needs(load, step, spilled);
         let bytes = match load.graph {
-            Graph::Sequential => own.forward.max(own.factor).max(own.solve).max(own.install),
+            Graph::Sequential => [
+                own.forward,
+                own.factor,
+                own.solve + own.chunks,
+                own.pack,
+                own.install,
+            ]
+            .into_iter()
+            .fold(0, u64::max),
             // Sums that the artifact holds are read, a site at a time.
             Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
-            // The next step is begun while this one is solved.
+            // The next step is begun, and may be as far, while this one is solved and packed.
             Graph::DataFree | Graph::Solve { .. } => {
                 let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled));
-                own.solve.max(own.install) + next.map_or(0, |next| next.factor + next.weights)
+                let (beside, chunks) = next.map_or((0, 0), |next| {
+                    (next.factor.max(next.solve).max(next.pack), next.chunks)
+                });
+                own.solve.max(own.pack) + beside + own.chunks.max(chunks)
             }
         };
-        BASE_BYTES + self.reading_bytes + bytes
+        self.process_bytes() + bytes
+    }
+
+    /// What a run costs before its first weight.
+    pub fn process_bytes(&self) -> u64 {
+        BASE_BYTES + self.reading_bytes
+    }
+
+    /// A step's weights in f32, in memory; where they are on a device, the largest on its way there.
+    pub fn weight_bytes(&self, step: u64) -> u64 {
+        let bytes = f32_bytes(self.step_linears(step));
+        match self.device_weight_bytes {
+            None => bytes.sum(),
+            Some(_) => bytes.max().unwrap_or(0),
+        }
+    }
+
+    /// What a batch of so many tokens takes on its way to the inputs of a step, in each of `streams` forward passes, until it is summed.
+    pub fn batch_bytes(&self, step: u64, tokens: usize, streams: usize) -> u64 {
+        let tokens = tokens as u64;
+        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns) as u64;
+        if self.device_weight_bytes.is_some() {
+            return tokens * width * 4;
+        }
+        let before = self.carrying(self.carriers(step));
+        let sites = self.step_sites(step).len() as u64;
+        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
+        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
+        // their inputs are there at once, at worst those of all tokens.
+        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
+            None => before.iter().map(|l| l.rows as u64).sum(),
+            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
+        };
+        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
+        (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
+            + tokens * width * 4 * (streams as u64 - 1) * sites
+    }
+
+    /// What a chunk of a linear takes while it is solved.
+    pub fn chunk_bytes(&self, linear: &PlannedLinear) -> u64 {
+        if self.device_weight_bytes.is_some() {
+            return 0;
+        }
+        // Target, codes, sums to the later columns in f64, outputs and the weights as they came in f32, a panel of the factor in f32;
+        // with the refinement, errors and gradient in the place of the latter.
+        let rows = CHUNK_ROWS.min(linear.rows) as u64;
+        let width = linear.columns as u64;
+        rows * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4
+    }
+
+    /// What a kernel has resident of a matrix in scratch files, at a time.
+    pub fn panel_bytes(&self, step: u64) -> u64 {
+        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
+        (PANEL_ROWS.min(width) * width * 8) as u64
+    }
+
+    /// Codes, scales and zero points of `rows` rows of a linear, before they are packed.
+    pub fn code_bytes(&self, linear: &PlannedLinear, rows: usize) -> u64 {
+        let of = |grid: Grid| rows * (linear.columns + linear.columns / grid.group_size * GROUP_BYTES_KEPT);
+        linear.to_solve().map_or(0, of) as u64
+    }
+
+    /// The tensors of a linear in the output's layout.
+    pub fn packed_bytes(&self, linear: &PlannedLinear) -> u64 {
+        match linear.to_solve() {
+            None => 0,
+            Some(_) => self
+                .tensors(linear)
+                .iter()
+                .map(|spec| spec.byte_len() as u64)
+                .sum(),
+        }
     }
 
     fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
@@ -281,6 +372,13 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     held + (batch + sums).max(sums + factors).max(solve)
 }
 
+/// Bytes of each of these in f32.
+fn f32_bytes(linears: &[PlannedLinear]) -> impl Iterator<Item = u64> {
+    linears
+        .iter()
+        .map(|linear| (linear.rows * linear.columns * 4) as u64)
+}
+
 /// Bytes that a step has resident in each of its phases, activations between steps aside.
 struct Needs {
     /// Exact sums.
@@ -289,44 +387,23 @@ struct Needs {
     forward: u64,
     /// Sums in f64, factors, and what is kept of both.
     factor: u64,
-    /// Factors, original weights, codes, a chunk a worker.
+    /// Factors, original weights, codes.
     solve: u64,
-    /// Original weights.
-    weights: u64,
-    /// Codes, packed tensors, weights as the next forward passes need them.
+    /// What is in work of the weights meanwhile, a chunk a worker.
+    chunks: u64,
+    /// Original weights, codes, those of a linear once more, packed tensors.
+    pack: u64,
+    /// Codes, weights as the next forward passes need them.
     install: u64,
     /// All matrices of the step at their peak, resident or not.
     matrices: u64,
 }
 
 impl Needs {
-    /// What is left for the host where sums, factors and codes are made on a device: weights on their way there, codes on their way back.
-    fn beside_device(plan: &Plan, load: &Load, step: u64) -> Self {
-        let elements = |linear: &PlannedLinear| (linear.rows * linear.columns) as u64;
-        let linears = plan.step_linears(step).iter();
-        let carriers = plan.carrying(plan.carriers(step)).iter();
-        let weights = 4 * linears.clone().chain(carriers).map(elements).max().unwrap_or(0);
-        let quantized = linears.filter(|linear| linear.grid.is_some());
-        let codes: u64 = quantized.map(elements).sum();
-        let width = plan.step_linears(step).first().map_or(0, |linear| linear.columns) as u64;
-        Self {
-            sums: 0,
-            forward: weights + (load.batch_tokens as u64) * width * 4,
-            factor: 0,
-            solve: weights + 3 * codes,
-            weights,
-            install: 3 * codes,
-            matrices: 0,
-        }
-    }
-
     fn new(plan: &Plan, load: &Load, step: u64, spilled: &[bool]) -> Self {
-        if plan.device_weight_bytes.is_some() {
-            return Self::beside_device(plan, load, step);
-        }
         let recipe = &plan.recipe;
         let in_files = |step: u64| spilled[step as usize];
-        let (workers, tokens) = (load.workers as u64, load.batch_tokens as u64);
+        let workers = load.workers as u64;
         let matching = load.streams as u64 - 1;
         let refined = u64::from(recipe.refine_rounds() > 0);
         let held_out = match load.graph {
@@ -334,26 +411,53 @@ impl Needs {
             Graph::Sequential | Graph::DataFree => 0,
         };
         let linears = plan.step_linears(step);
-        let before = plan.carrying(plan.carriers(step));
         // Weights that have served no batch yet, of earlier steps.
         let waiting = match load.graph {
             Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
                 let next = plan.carriers(step + 1);
-                plan.carrying(next.start..step.max(next.start))
+                next.start..step.max(next.start)
             }
-            _ => &[],
+            _ => 0..0,
         };
-        let weights = |linears: &[PlannedLinear]| -> u64 {
-            linears.iter().map(|l| (l.rows * l.columns * 4) as u64).sum()
+        let weights = |steps: Range<u64>| -> u64 { steps.map(|step| plan.weight_bytes(step)).sum() };
+        let own = plan.weight_bytes(step);
+        let code_bytes = |linear: &PlannedLinear| plan.code_bytes(linear, linear.rows);
+        let codes: u64 = linears.iter().map(code_bytes).sum();
+        let packed: u64 = linears.iter().map(|linear| plan.packed_bytes(linear)).sum();
+        // Each worker puts the chunks of a linear together.
+        let largest = linears.iter().map(code_bytes).max().unwrap_or(0);
+        let together = (workers * largest).min(codes);
+        // A worker may have gone on while another has not yet installed what both were sent.
+        let before = match (load.graph, step.checked_sub(1)) {
+            (Graph::Sequential, Some(before)) if workers > 1 => {
+                plan.step_linears(before).iter().map(code_bytes).sum()
+            }
+            _ => 0,
         };
-        let codes: u64 = (linears.iter().filter(|linear| linear.grid.is_some()))
-            .map(|linear| (linear.rows * linear.columns) as u64)
-            .sum();
+        // A run that is continued reads the weights before the step back from the output, when there are no sums yet.
+        let read = match load.graph {
+            Graph::Sequential => (plan.carrying(plan.carriers(step)).iter())
+                .map(|linear| code_bytes(linear) + plan.packed_bytes(linear))
+                .max(),
+            _ => None,
+        };
+        let read = read.unwrap_or(0);
+        let chunk = linears
+            .iter()
+            .map(|linear| plan.chunk_bytes(linear))
+            .max()
+            .unwrap_or(0);
+        let batch = plan.batch_bytes(step, load.batch_tokens, load.streams);
         let factors = match load.graph {
             Graph::DataFree => 0,
             _ => recipe.damp_percent.candidates().len() as u64,
         };
-        let width = linears.first().map_or(0, |linear| linear.columns);
+        // Of matrices: those on a device take nothing here.
+        let width_of = |step: u64| match plan.device_weight_bytes {
+            None => plan.step_linears(step).first().map_or(0, |linear| linear.columns),
+            Some(_) => 0,
+        };
+        let width = width_of(step);
         let elements = |shape: Shape, width| (shape.elements(width) * 8) as u64;
         // What is kept of a site's products while it is solved. Refinement reads whole rows of XᵀX, and so does whoever reads it from files.
         let whole = |spilled: bool| refined.max(u64::from(spilled)) * factors.min(1);
@@ -361,49 +465,50 @@ impl Needs {
             let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
             factors * half + whole(spilled) * full + full * matching + half * held_out
         };
-        let panel_of = |width: usize| (PANEL_ROWS.min(width) * width * 8) as u64;
         let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
         let sites = plan.step_sites(step).len() as u64;
         let summed = if plan.leads(step) { sites } else { 0 };
         let sums = summed * (half * (1 + held_out) + full * matching);
         let kept = sites * kept_of(width, in_files(step));
-        let factored = kept + half * u64::from(summed > 0 && factors > 0 && whole(in_files(step)) == 0);
+        // A site's XᵀX goes once it is factored.
+        let going = match factors > 0 && whole(in_files(step)) == 0 {
+            true => summed.min(workers),
+            false => 0,
+        };
+        let factored = kept + half * going;
         // The factor of gate and up, between a mixture's first part and its last.
         let shared = match plan.shared_input(step) {
             Some(lead) if !matches!(load.graph, Graph::Statistics { .. }) && !in_files(lead) => {
-                kept_of(plan.step_linears(lead)[0].columns, false)
+                kept_of(width_of(lead), false)
             }
             _ => 0,
         };
         let held = shared + weights(waiting) * (1 + matching);
         // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
         // while the matrix that it copies from is another; the solver one a worker.
-        let panel = panel_of(width);
+        let panel = plan.panel_bytes(step);
         let (of_sums, of_factor, of_solve) = match in_files(step) {
-            true => (workers * panel, 3 * panel, workers * panel),
+            true => (workers * panel, PANELS_HELD * panel, workers * panel),
             false => (sums, factored, kept),
         };
-        let width = width as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
-        // their inputs are there at once, at worst those of all tokens.
-        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
-            None => before.iter().map(|l| l.rows as u64).sum(),
-            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
+        // Where a step has several sites, the first is solved while the others are factored.
+        let of_solve = if sites > 1 {
+            of_factor.max(of_solve)
+        } else {
+            of_solve
         };
-        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        let batch = (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * matching * sites;
-        // Target, codes, sums to the later columns in f64, outputs and the weights as they came in f32, a panel of the factor in f32;
-        // with the refinement, errors and gradient in the place of the latter.
-        let chunk = CHUNK_ROWS as u64 * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4;
+        let solve = held + of_solve + own + codes;
         Self {
             sums: of_sums,
-            forward: held + weights(before) * (1 + matching) + workers * batch + of_sums,
+            forward: held
+                + weights(plan.carriers(step)) * (1 + matching)
+                + workers * batch
+                + (before + of_sums).max(read),
             factor: held + of_factor,
-            solve: held + of_solve + weights(linears) + 2 * codes + workers * chunk,
-            weights: weights(linears),
-            install: held + 3 * codes / 2 + weights(linears) * (1 + matching),
+            solve,
+            chunks: workers * chunk,
+            pack: held + own + codes + together + packed,
+            install: held + codes + own * (1 + matching),
             matrices: sums.max(factored),
         }
     }
