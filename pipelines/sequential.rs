@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! batches ──exchange──► embed ─► replay (what is done)
-//!                                   │ Go
+//!                             ┌────┘ Go
 //!   ┌──── time = step, a position in the plan ───────────────────────────────┐
 //!   │                         ▼                                              │
 //!   │  ┌──────────────────► concat ─► forward ─► accumulate ─[frontier]─┐    │

@@ -4,7 +4,7 @@
 //! documents held ─┐
 //! documents ± 1 ──┴─► groups (differential) ─► groups ± 1 ─► batches ± 1
 //!                                                              │ exchange
-//!                             embed (replays what is done) ◄───┘
+//!          (what is done) replay ◄─ embed ◄────────────────────┘
 //!                             │ Go
 //!   ┌──── time = step, a position in the plan ───────────────────────────────┐
 //!   │                         ▼                                              │

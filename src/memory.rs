@@ -8,7 +8,7 @@ use crate::storage::ScratchMap;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use memmap2::MmapMut;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -88,6 +88,14 @@ impl<T: Pod> Region<T> {
     /// The values, to be written.
     pub fn write(&mut self) -> ValuesMut<'_, T> {
         ValuesMut(self)
+    }
+
+    /// Has the system bring these values from a scratch file before they are touched: for pieces that lie apart, between which it would
+    /// else read ahead.
+    pub fn expect(&self, values: Range<usize>) {
+        if let Place::Scratch(map, _) = &self.0 {
+            map.expect(values.start * size_of::<T>()..values.end * size_of::<T>());
+        }
     }
 
     /// The same bits as values of another type.

@@ -294,6 +294,14 @@ impl ScratchMap {
         &mut self.0
     }
 
+    /// Asks for these bytes soon, and for no others, as reading ahead would.
+    pub fn expect(&self, bytes: std::ops::Range<usize>) {
+        // A refusal costs time, not content.
+        let _ = self
+            .0
+            .advise_range(memmap2::Advice::WillNeed, bytes.start, bytes.len());
+    }
+
     /// Takes the pages out of resident memory; the file keeps what they hold, and a touch brings them back.
     pub fn release(&self) {
         // SAFETY: pages of a shared mapping of a file are read again from it: no value that a reference sees changes.

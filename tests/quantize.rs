@@ -118,6 +118,53 @@ fn what_spills_changes_nothing_and_the_smallest_budget_is_named() {
     assert!(!folder.path().join("d").exists());
 }
 
+#[test]
+fn a_continued_run_keeps_to_the_smallest_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run(&job(&folder.path().join("whole"))).unwrap();
+    for workers in [1, 4] {
+        let mut parts = Job {
+            workers,
+            ..job(&folder.path().join(format!("{workers}")))
+        };
+        let (_, plan) = parts.plan().unwrap();
+        parts.memory = Some(1);
+        let hint = parts.fit(&plan).unwrap_err().hint().unwrap();
+        parts.memory = hint.split_whitespace().find_map(|word| word.parse().ok());
+        let halt = Arc::new(Halt::default());
+        let observer: Arc<dyn Observer> = Arc::new(StopAfter {
+            left: (whole.linears as i64 / 2).into(),
+            halt: Arc::clone(&halt),
+        });
+        assert!(matches!(
+            quantize(&parts, &observer, &halt),
+            Err(Error::Interrupted)
+        ));
+        // What is asked for is held against the budget: more would be refused.
+        let rest = run(&parts).unwrap();
+        assert!(rest.resumed_blocks >= 1);
+        assert_eq!(rest.output_digest, whole.output_digest, "{workers} workers");
+    }
+}
+
+#[test]
+fn a_budget_for_a_device_that_is_not_used_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let mut refused = command("", &output);
+    let refused = refused
+        .args(["--device", "cpu", "--device-memory", "1GiB"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{text}");
+    assert!(
+        text.contains("--device-memory") && text.contains("runs on the CPU"),
+        "{text}"
+    );
+    assert!(!output.exists());
+}
+
 /// The Llama fixture with an MLP of 1,920 channels: ten panels.
 fn wide(folder: &Path) {
     let llama = fixture().parent().unwrap().join("families/llama");

@@ -556,16 +556,27 @@ impl ResourceArguments {
     /// The device of a command that can use one.
     ///
     /// # Errors
-    /// It is not there.
+    /// It is not there; or there is a budget for the device of a run on the CPU.
     pub(super) fn placement(&self) -> Result<Placement> {
-        Placement::open(self.device)
+        match self.device {
+            // `auto` may end on the CPU: then nothing is on a device, within any budget.
+            DeviceChoice::Cpu => self.cpu("--device cpu"),
+            device => Placement::open(device),
+        }
     }
 
     /// That of `what`, which runs on the CPU alone.
     ///
     /// # Errors
-    /// `--device` names another.
+    /// `--device` names another, or there is a budget for it.
     pub(super) fn cpu(&self, what: &str) -> Result<Placement> {
+        if self.device_memory.is_some() {
+            return Err(Error::usage(
+                "--device-memory",
+                format!("{what} runs on the CPU"),
+                "leave --device-memory out; --memory is the budget of the machine's own",
+            ));
+        }
         match self.device {
             DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Placement::cpu()),
             DeviceChoice::Cuda(_) => Err(Error::usage(

@@ -3,11 +3,12 @@
 use super::gemm::{View, ViewMut, product};
 use super::panels::{PANEL_ROWS, Panels, Shape};
 use crate::error::{Error, Result};
-use crate::memory::{Region, Room};
+use crate::memory::Room;
 use faer::linalg::cholesky::llt;
 use faer::linalg::triangular_solve;
 use faer::{MatMut, MatRef, Par};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Damping grows by this factor after a failed factorization …
@@ -71,8 +72,11 @@ pub fn shift(mut cross: Panels, gram: &Panels) -> Panels {
     cross
 }
 
-/// Panels of matrices in files that the factorization holds at a time: its own, one that it reads, one of the matrix that it copies from.
-pub const PANELS_HELD: u64 = 3;
+/// Panels that are factored together: the more, the less often those before them are read from a file.
+const PANELS_TOGETHER: usize = 4;
+
+/// Panels of matrices in files that the factorization holds at a time: its own, and one that it reads.
+pub const PANELS_HELD: u64 = PANELS_TOGETHER as u64 + 1;
 
 /// How a Hessian is to be factored.
 #[derive(Clone, Copy, Debug)]
@@ -303,85 +307,119 @@ fn diagonal_block(panel: &[f64], first: usize, rows: usize, stride: usize) -> Ma
     MatRef::from_row_major_slice_with_stride(&panel[first..], rows, rows, stride)
 }
 
-/// The lower factor in the place of the matrix, or the row of the pivot that is not positive. Left-looking: a panel needs the ones
-/// before it, one at a time. `threads` share a panel's rows; how they are cut does not depend on how many there are.
+/// The lower factor in the place of the matrix, or the row of the pivot that is not positive. Left-looking, some panels together: of
+/// those before them one at a time is needed, once for all. `threads` share the rows; how they are cut does not depend on how many
+/// there are.
 fn cholesky(lower: &mut Panels, threads: usize) -> Result<(), usize> {
-    for panel in 0..lower.count() {
-        let rows = lower.rows(panel);
-        let stride = rows.end;
-        let (before, mut own) = lower.before_and_at(panel);
-        let slices: Vec<&mut [f64]> = own.chunks_mut(SLICE_ROWS * stride).collect();
-        if threads > 1 && panel > 0 {
-            std::thread::scope(|scope| {
-                for slice in slices {
-                    scope.spawn(|| eliminate(before, slice, stride));
-                }
-            });
-        } else {
-            slices
-                .into_iter()
-                .for_each(|slice| eliminate(before, slice, stride));
+    for first in (0..lower.count()).step_by(PANELS_TOGETHER) {
+        let together = first..lower.count().min(first + PANELS_TOGETHER);
+        let rows: Vec<_> = together.clone().map(|panel| lower.rows(panel)).collect();
+        let (before, mut own) = lower.before_and_at(together);
+        for (earlier, panel) in before.iter().enumerate() {
+            let slices = own.iter_mut().zip(&rows);
+            let slices = slices.flat_map(|(own, rows)| slices_of(own, rows.end));
+            eliminate(&panel.read(), earlier, slices.collect(), threads);
         }
-        let mut block = vec![0.0; rows.len() * rows.len()];
-        for (out, row) in block.chunks_exact_mut(rows.len()).zip(own.chunks_exact(stride)) {
-            out.copy_from_slice(&row[rows.clone()]);
-        }
-        if rows.start > 0 {
-            let left = View::rows(&own, rows.len(), rows.start, stride);
-            product(
-                ViewMut::rows(&mut block, rows.len(), rows.len(), rows.len()),
-                1.0,
-                left,
-                left.transposed(),
-                -1.0,
-            );
-        }
-        factor_block(MatMut::from_row_major_slice_mut(
-            &mut block,
-            rows.len(),
-            rows.len(),
-        ))
-        .map_err(|pivot| rows.start + pivot)?;
-        for (i, (row, values)) in own
-            .chunks_exact_mut(stride)
-            .zip(block.chunks_exact(rows.len()))
-            .enumerate()
-        {
-            row[rows.start..][..=i].copy_from_slice(&values[..=i]);
+        for (at, rows) in rows.iter().enumerate() {
+            let (done, rest) = own.split_at_mut(at);
+            let own = &mut rest[0];
+            for (earlier, panel) in done.iter().enumerate() {
+                eliminate(
+                    panel,
+                    first + earlier,
+                    slices_of(own, rows.end).collect(),
+                    threads,
+                );
+            }
+            factor_diagonal(own, rows)?;
         }
     }
     Ok(())
 }
 
-/// Some rows of a panel, `[_, stride]`, in the columns of the panels `before` it: `X = A L⁻ᵀ`, a block of columns after the other.
-fn eliminate(before: &[Region<f64>], own: &mut [f64], stride: usize) {
+/// Some rows of a panel, and how many columns it has.
+type Slice<'a> = (&'a mut [f64], usize);
+
+fn slices_of(panel: &mut [f64], stride: usize) -> impl Iterator<Item = Slice<'_>> {
+    let slices = panel.chunks_mut(SLICE_ROWS * stride);
+    slices.map(move |slice| (slice, stride))
+}
+
+/// The columns of panel `earlier`, whose factor is `lower`, in rows below it: `X = A L⁻ᵀ`.
+fn eliminate(lower: &[f64], earlier: usize, mut slices: Vec<Slice<'_>>, threads: usize) {
+    let share = slices.len().div_ceil(threads.max(1));
+    std::thread::scope(|scope| {
+        let mut shares = slices.chunks_mut(share.max(1));
+        let own = shares.next();
+        let all = |slices: &mut [Slice<'_>]| {
+            for (rows, stride) in slices {
+                eliminate_slice(lower, earlier, rows, *stride);
+            }
+        };
+        for others in shares {
+            scope.spawn(move || all(others));
+        }
+        own.into_iter().for_each(all);
+    });
+}
+
+fn eliminate_slice(lower: &[f64], earlier: usize, own: &mut [f64], stride: usize) {
     let rows = own.len() / stride;
+    let columns = earlier * PANEL_ROWS..(earlier + 1) * PANEL_ROWS;
     let mut block = vec![0.0; rows * PANEL_ROWS];
-    for (earlier, lower) in before.iter().enumerate() {
-        let columns = earlier * PANEL_ROWS..(earlier + 1) * PANEL_ROWS;
-        let lower = lower.read();
-        for (out, row) in block.chunks_exact_mut(PANEL_ROWS).zip(own.chunks_exact(stride)) {
-            out.copy_from_slice(&row[columns.clone()]);
-        }
-        if columns.start > 0 {
-            product(
-                ViewMut::rows(&mut block, rows, PANEL_ROWS, PANEL_ROWS),
-                1.0,
-                View::rows(own, rows, columns.start, stride),
-                View::rows(&lower, PANEL_ROWS, columns.start, columns.end).transposed(),
-                -1.0,
-            );
-        }
-        let values = MatMut::from_row_major_slice_mut(&mut block, rows, PANEL_ROWS);
-        triangular_solve::solve_lower_triangular_in_place(
-            diagonal_block(&lower, columns.start, PANEL_ROWS, columns.end),
-            values.transpose_mut(),
-            Par::Seq,
-        );
-        for (row, values) in own.chunks_exact_mut(stride).zip(block.chunks_exact(PANEL_ROWS)) {
-            row[columns.clone()].copy_from_slice(values);
-        }
+    for (out, row) in block.chunks_exact_mut(PANEL_ROWS).zip(own.chunks_exact(stride)) {
+        out.copy_from_slice(&row[columns.clone()]);
     }
+    if columns.start > 0 {
+        product(
+            ViewMut::rows(&mut block, rows, PANEL_ROWS, PANEL_ROWS),
+            1.0,
+            View::rows(own, rows, columns.start, stride),
+            View::rows(lower, PANEL_ROWS, columns.start, columns.end).transposed(),
+            -1.0,
+        );
+    }
+    let values = MatMut::from_row_major_slice_mut(&mut block, rows, PANEL_ROWS);
+    triangular_solve::solve_lower_triangular_in_place(
+        diagonal_block(lower, columns.start, PANEL_ROWS, columns.end),
+        values.transpose_mut(),
+        Par::Seq,
+    );
+    for (row, values) in own.chunks_exact_mut(stride).zip(block.chunks_exact(PANEL_ROWS)) {
+        row[columns.clone()].copy_from_slice(values);
+    }
+}
+
+/// The square on the diagonal of a panel whose columns before it are done.
+fn factor_diagonal(panel: &mut [f64], rows: &Range<usize>) -> Result<(), usize> {
+    let stride = rows.end;
+    let mut block = vec![0.0; rows.len() * rows.len()];
+    for (out, row) in block.chunks_exact_mut(rows.len()).zip(panel.chunks_exact(stride)) {
+        out.copy_from_slice(&row[rows.clone()]);
+    }
+    if rows.start > 0 {
+        let left = View::rows(panel, rows.len(), rows.start, stride);
+        product(
+            ViewMut::rows(&mut block, rows.len(), rows.len(), rows.len()),
+            1.0,
+            left,
+            left.transposed(),
+            -1.0,
+        );
+    }
+    factor_block(MatMut::from_row_major_slice_mut(
+        &mut block,
+        rows.len(),
+        rows.len(),
+    ))
+    .map_err(|pivot| rows.start + pivot)?;
+    for (i, (row, values)) in (panel.chunks_exact_mut(stride))
+        .zip(block.chunks_exact(rows.len()))
+        .enumerate()
+    {
+        row[rows.start..][..=i].copy_from_slice(&values[..=i]);
+    }
+    Ok(())
 }
 
 /// Cholesky of a block in memory; the half above the diagonal is left as it was.

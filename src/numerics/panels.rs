@@ -122,10 +122,14 @@ impl Panels {
         self.panels[panel].write()
     }
 
-    /// The panels before one, and that one to be written.
-    pub(super) fn before_and_at(&mut self, panel: usize) -> (&[Region<f64>], ValuesMut<'_, f64>) {
-        let (before, from) = self.panels.split_at_mut(panel);
-        (before, from[0].write())
+    /// The panels before some that lie together, and those to be written.
+    pub(super) fn before_and_at(
+        &mut self,
+        panels: Range<usize>,
+    ) -> (&[Region<f64>], Vec<ValuesMut<'_, f64>>) {
+        let (before, from) = self.panels.split_at_mut(panels.start);
+        let own = from[..panels.len()].iter_mut();
+        (before, own.map(Region::write).collect())
     }
 
     /// An element of a symmetric matrix, or one that is stored.
@@ -152,7 +156,9 @@ impl Panels {
         assert!(self.shape != Shape::Lower && row.len() == self.width);
         let (panel, within) = (index / PANEL_ROWS, index % PANEL_ROWS);
         let columns = self.columns(panel);
-        row[columns.clone()].copy_from_slice(&self.panel(panel)[within * columns.len()..][..columns.len()]);
+        let stored = within * columns.len()..(within + 1) * columns.len();
+        self.panels[panel].expect(stored.clone());
+        row[columns].copy_from_slice(&self.panel(panel)[stored]);
         if self.shape == Shape::Upper {
             for above in 0..panel {
                 let (rows, stored) = (self.rows(above), self.columns(above));
@@ -188,6 +194,12 @@ impl Panels {
             let mut values = region.write();
             for earlier in 0..=panel {
                 let (above, columns) = (self.rows(earlier), self.columns(earlier));
+                if earlier < panel {
+                    for row in 0..above.len() {
+                        let begin = row * columns.len() + rows.start - columns.start;
+                        self.panels[earlier].expect(begin..begin + rows.len());
+                    }
+                }
                 let content = self.panel(earlier);
                 if earlier == panel {
                     for (to, from) in
