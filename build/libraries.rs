@@ -1,54 +1,36 @@
-//! Stand-ins for the CUDA libraries, so that one binary serves machines with and without a GPU. candle links the libraries, and a
-//! program that is linked to a library does not start where it is missing. So the linker finds ours first: archives of the
-//! same functions, which open the real library at the first call (library.c).
+//! Stand-ins for the CUDA libraries, so that one binary serves machines with and without a GPU. candle links
+//! the libraries, and a program that is linked to a library does not start where it is missing. So the linker
+//! finds ours first: archives of the same functions, which open the real library at the first call
+//! (library.c).
 
 #![allow(clippy::disallowed_methods)] // src/storage.rs is not here
 
-use std::fmt::Write as _;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// A library that cudarc links.
-struct Library {
-    name: &'static str,
-    /// cudarc's bindings to it.
-    module: &'static str,
-    /// What the loader knows it by, of CUDA 12 and of CUDA 13. Another number is another interface, so no other is tried.
-    files: [&'static str; 2],
-    /// What its functions return where it is missing: its own "not initialized", and the driver's "no device".
-    missing: &'static str,
-}
-
-const fn library(
-    name: &'static str,
-    module: &'static str,
-    files: [&'static str; 2],
-    missing: &'static str,
-) -> Library {
-    Library {
-        name,
-        module,
-        files,
-        missing,
-    }
-}
+/// A library that cudarc links: its name, the module of cudarc that declares its functions, what the loader
+/// knows it by, of CUDA 12 and of CUDA 13 (another number is another interface, so no other is tried), and
+/// what its functions return where it is missing: "no device" of the driver, else "not initialized" or the
+/// like.
+type Library = (&'static str, &'static str, [&'static str; 2], &'static str);
 
 #[rustfmt::skip]
 const LIBRARIES: [Library; 7] = [
-    library(DRIVER, "driver", ["libcuda.so.1"; 2], "100"),
-    library("nvrtc", "nvrtc", ["libnvrtc.so.12", "libnvrtc.so.13"], "11"),
-    library("curand", "curand", ["libcurand.so.10"; 2], "101"),
-    library("cublas", "cublas", ["libcublas.so.12", "libcublas.so.13"], "1"),
-    library("cublasLt", "cublaslt", ["libcublasLt.so.12", "libcublasLt.so.13"], "1"),
-    library("cusparse", "cusparse", ["libcusparse.so.12"; 2], "1"),
-    library("cusolver", "cusolver", ["libcusolver.so.11", "libcusolver.so.12"], "1"),
+    ("cuda", "driver", ["libcuda.so.1"; 2], "100"),
+    ("nvrtc", "nvrtc", ["libnvrtc.so.12", "libnvrtc.so.13"], "11"),
+    ("curand", "curand", ["libcurand.so.10"; 2], "101"),
+    ("cublas", "cublas", ["libcublas.so.12", "libcublas.so.13"], "1"),
+    ("cublasLt", "cublaslt", ["libcublasLt.so.12", "libcublasLt.so.13"], "1"),
+    ("cusparse", "cusparse", ["libcusparse.so.12"; 2], "1"),
+    ("cusolver", "cusolver", ["libcusolver.so.11", "libcusolver.so.12"], "1"),
 ];
-const DRIVER: &str = "cuda";
 
-/// Makes the stand-ins where they work. Elsewhere, or where something is not as expected, the libraries are linked as they are.
+/// Makes the stand-ins where they work. Elsewhere, or where something is not as expected, the libraries are
+/// linked as they are.
 pub(crate) fn stand_in(nvcc: &Path, out: &Path) {
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=Cargo.lock");
@@ -69,74 +51,54 @@ fn make(nvcc: &Path, folder: &Path) -> Result<()> {
     let cudarc = cudarc()?;
     let version = version(nvcc)?;
     fs::create_dir_all(folder)?;
-    for library in &LIBRARIES {
-        let bindings = cudarc.join("src").join(library.module).join("sys/mod.rs");
+    for (name, module, sonames, missing) in LIBRARIES {
+        let bindings = cudarc.join("src").join(module).join("sys/mod.rs");
         println!("cargo::rerun-if-changed={}", bindings.display());
-        let functions = folder.join(library.name).with_extension("h");
-        let bindings =
-            fs::read_to_string(&bindings).map_err(|error| format!("{}: {error}", bindings.display()))?;
-        fs::write(&functions, list(&bindings))?;
+        let declarations = fs::read_to_string(&bindings);
+        let declarations = declarations.map_err(|error| format!("{}: {error}", bindings.display()))?;
+        let functions = folder.join(name).with_extension("h");
+        fs::write(&functions, list(&declarations))?;
         cc::Build::new()
             .cargo_metadata(false)
             .std("gnu11")
             .pic(true)
-            .define("SONAME", quoted(library.files[version - 12]).as_str())
+            .define("SONAME", quoted(sonames[version - 12]).as_str())
             .define("FUNCTIONS", quoted(&functions.display().to_string()).as_str())
-            .define("MISSING", library.missing)
-            .define("DRIVER", if library.name == DRIVER { "1" } else { "0" })
+            .define("MISSING", missing)
+            .define("DRIVER", if name == "cuda" { "1" } else { "0" })
             .file("build/library.c")
             .out_dir(folder)
-            .try_compile(library.name)?;
+            .try_compile(name)?;
     }
-    // nvcc's own objects call the runtime. Its static form, which is in every toolkit, opens the driver by itself.
-    fs::write(
-        folder.join("libcudart.so"),
-        "INPUT(-lcudart_static -ldl -lrt -lpthread)\n",
-    )?;
+    // nvcc's own objects call the runtime. Its static form, which is in every toolkit, opens
+    // the driver by itself.
+    let runtime = "INPUT(-lcudart_static -ldl -lrt -lpthread)\n";
+    fs::write(folder.join("libcudart.so"), runtime)?;
     Ok(())
 }
 
 /// The functions of cudarc's bindings, whatever the version of CUDA, as library.c wants them.
 fn list(bindings: &str) -> String {
-    let mut names: Vec<(&str, &str)> = bindings
-        .lines()
+    fn declared(line: &str) -> Option<(&str, &str)> {
         // Functions of C are declared, cudarc's own are defined.
-        .filter_map(|line| line.trim_start().strip_prefix("fn "))
-        .filter(|declaration| declaration.ends_with(';'))
-        .filter_map(|declaration| {
-            let (name, rest) = declaration.split_once('(')?;
-            Some((
-                name,
-                if rest.ends_with("c_char;") {
-                    "missing_text"
-                } else {
-                    "missing"
-                },
-            ))
-        })
-        .collect();
-    names.sort_unstable();
-    names.dedup_by_key(|(name, _)| *name);
-    names
-        .iter()
-        .enumerate()
-        .fold(String::new(), |mut list, (index, (name, otherwise))| {
-            writeln!(list, "F({index}, {name}, {otherwise})").expect("a string takes everything");
-            list
-        })
+        let declaration = line.trim_start().strip_prefix("fn ")?.strip_suffix(';')?;
+        let (name, rest) = declaration.split_once('(')?;
+        let otherwise = match name {
+            "cuGetErrorName" | "cuGetErrorString" => "explain",
+            _ if rest.ends_with("c_char") => "text",
+            _ => "error",
+        };
+        Some((name, otherwise))
+    }
+    let functions: BTreeMap<_, _> = bindings.lines().filter_map(declared).collect();
+    let entry = |(index, (name, otherwise))| format!("F({index}, {name}, {otherwise})\n");
+    functions.into_iter().enumerate().map(entry).collect()
 }
 
 /// Where the source of cudarc is.
 fn cudarc() -> Result<PathBuf> {
     let output = Command::new(env::var_os("CARGO").ok_or("cargo sets CARGO")?)
-        .args([
-            "metadata",
-            "--format-version",
-            "1",
-            "--locked",
-            "--features",
-            "cuda",
-        ])
+        .args(["metadata", "--format-version=1", "--locked", "--features=cuda"])
         .args(["--filter-platform", &env::var("TARGET")?])
         .output()?;
     if !output.status.success() {

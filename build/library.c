@@ -1,14 +1,23 @@
-// A stand-in for a CUDA library, which opens the real one at the first call; libraries.rs builds it once for each of them. Its
-// functions are jumps that leave registers and stack as they are, so that nothing here has to know what they take.
+// A stand-in for a CUDA library, which opens the real one at the first call; libraries.rs builds it once for
+// each of them. Its functions are jumps that leave registers and stack as they are, so that nothing here has
+// to know what they take.
 //
-// SONAME is what the loader knows the library by, MISSING the error that its functions return where it is not, and FUNCTIONS a
-// file of F(index, name, otherwise): what to call where the real library has no such function.
+// SONAME is what the loader knows the library by, MISSING the error that its functions return where it is
+// not, and FUNCTIONS a file of F(index, name, otherwise): what to call where the real library has no such
+// function.
 
 #include <dlfcn.h>
 #include <stdio.h>
 
-static long missing(void) { return MISSING; }
-__attribute__((unused)) static const char *missing_text(void) { return SONAME " is missing"; }
+// What is called instead of a missing function: one that returns an error code, one that returns a text, one that
+// gives the text of a code.
+static long error(void) { return MISSING; }
+__attribute__((unused)) static const char *text(void) { return SONAME " is missing"; }
+__attribute__((unused)) static long explain(int code, const char **out) {
+    (void)code;
+    *out = text();
+    return 0;
+}
 
 #define F(index, name, otherwise) {#name, (void *)otherwise},
 static const struct {
@@ -27,7 +36,8 @@ __attribute__((used)) static void *resolve(unsigned index) {
     static int told;
     // Opening it once more finds it open.
     void *library = dlopen(SONAME, RTLD_NOW);
-    // A machine without the driver has no device, which is no news. One with the driver alone is worth a line.
+    // A machine without the driver has no device, which is no news. One that has the driver alone is worth a
+    // line.
     if (!library && !DRIVER && !__atomic_exchange_n(&told, 1, __ATOMIC_RELAXED))
         fprintf(stderr, "no CUDA: %s\n", dlerror());
     void *function = library ? dlsym(library, functions[index].name) : 0;
@@ -36,9 +46,10 @@ __attribute__((used)) static void *resolve(unsigned index) {
     return function;
 }
 
-// A function goes where its place in `table` says. Before the first call that is nowhere: `slow` then takes the index, in a register
-// that no call uses, keeps all registers that a call may use for arguments, lets `resolve` find the function, and goes there. The
-// names are hidden: they are for this program, not for the libraries that it opens.
+// A function goes where its place in `table` says. Before the first call that is nowhere: `slow` then takes
+// the index, in a register that no call uses, keeps all registers that a call may use for arguments, lets
+// `resolve` find the function, and goes there. The names are hidden: they are for this program, not for the
+// libraries that it opens.
 __asm__(
     ".macro function index, name\n"
     ".pushsection .text\n"
@@ -72,11 +83,13 @@ __asm__(
     "popq %rbp; jmp *%r11\n"
 #elif defined(__aarch64__)
     "stp x29, x30, [sp, #-224]!; mov x29, sp\n"
-    "stp x0, x1, [sp, #16]; stp x2, x3, [sp, #32]; stp x4, x5, [sp, #48]; stp x6, x7, [sp, #64]; str x8, [sp, #80]\n"
-    "stp q0, q1, [sp, #96]; stp q2, q3, [sp, #128]; stp q4, q5, [sp, #160]; stp q6, q7, [sp, #192]\n"
+    "stp x0, x1, [sp, #16]; stp x2, x3, [sp, #32]; stp x4, x5, [sp, #48]; stp x6, x7, [sp, #64]\n"
+    "str x8, [sp, #80]; stp q0, q1, [sp, #96]; stp q2, q3, [sp, #128]\n"
+    "stp q4, q5, [sp, #160]; stp q6, q7, [sp, #192]\n"
     "mov w0, w17; bl resolve; mov x16, x0\n"
-    "ldp x0, x1, [sp, #16]; ldp x2, x3, [sp, #32]; ldp x4, x5, [sp, #48]; ldp x6, x7, [sp, #64]; ldr x8, [sp, #80]\n"
-    "ldp q0, q1, [sp, #96]; ldp q2, q3, [sp, #128]; ldp q4, q5, [sp, #160]; ldp q6, q7, [sp, #192]\n"
+    "ldp x0, x1, [sp, #16]; ldp x2, x3, [sp, #32]; ldp x4, x5, [sp, #48]; ldp x6, x7, [sp, #64]\n"
+    "ldr x8, [sp, #80]; ldp q0, q1, [sp, #96]; ldp q2, q3, [sp, #128]\n"
+    "ldp q4, q5, [sp, #160]; ldp q6, q7, [sp, #192]\n"
     "ldp x29, x30, [sp], #224; br x16\n"
 #endif
     ".popsection\n");
