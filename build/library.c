@@ -9,8 +9,8 @@
 #include <dlfcn.h>
 #include <stdio.h>
 
-// What is called instead of a missing function: one that returns an error code, one that returns a text, one that
-// gives the text of a code.
+// What is called instead of a missing function: one that returns an error code, one that returns a text, one
+// that gives the text of a code.
 static long error(void) { return MISSING; }
 __attribute__((unused)) static const char *text(void) { return SONAME " is missing"; }
 __attribute__((unused)) static long explain(int code, const char **out) {
