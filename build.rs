@@ -6,8 +6,8 @@ use std::process::Command;
 use std::{env, fs};
 
 #[cfg(feature = "cuda")]
-#[path = "build/libraries.rs"]
-mod libraries;
+#[path = "src/device/libraries/stand_in.rs"]
+mod stand_in;
 
 const KERNELS: &str = "src/device/kernels";
 /// Every card from 2020 on.
@@ -30,7 +30,7 @@ fn main() {
         }
     }
     #[cfg(feature = "cuda")]
-    libraries::stand_in(&nvcc, &out);
+    stand_in::archives(&nvcc, &out);
 }
 
 fn nvcc() -> PathBuf {

@@ -1,4 +1,4 @@
-// A stand-in for a CUDA library, which opens the real one at the first call; libraries.rs builds it once for
+// A stand-in for a CUDA library, which opens the real one at the first call; stand_in.rs builds it once for
 // each of them. Its functions are jumps that leave registers and stack as they are, so that nothing here has
 // to know what they take.
 //

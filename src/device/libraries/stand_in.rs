@@ -31,8 +31,8 @@ const LIBRARIES: [Library; 7] = [
 
 /// Makes the stand-ins where they work. Elsewhere, or where something is not as expected, the libraries are
 /// linked as they are.
-pub(crate) fn stand_in(nvcc: &Path, out: &Path) {
-    println!("cargo::rerun-if-changed=build");
+pub(crate) fn archives(nvcc: &Path, out: &Path) {
+    println!("cargo::rerun-if-changed=src/device/libraries");
     println!("cargo::rerun-if-changed=Cargo.lock");
     let target = |key: &str| env::var(key).unwrap_or_default();
     let arch = target("CARGO_CFG_TARGET_ARCH");
@@ -66,7 +66,7 @@ fn make(nvcc: &Path, folder: &Path) -> Result<()> {
             .define("FUNCTIONS", quoted(&functions.display().to_string()).as_str())
             .define("MISSING", missing)
             .define("DRIVER", if name == "cuda" { "1" } else { "0" })
-            .file("build/library.c")
+            .file("src/device/libraries/library.c")
             .out_dir(folder)
             .try_compile(name)?;
     }
