@@ -99,6 +99,52 @@ fn hessian(factor: &Factor) -> Vec<f64> {
     (0..width * width).map(damped).collect()
 }
 
+/// Six panels: more than are factored together.
+#[test]
+fn a_wide_factor_is_one_and_the_same_in_files_and_by_any_threads() {
+    let (width, tokens) = (1100, 300);
+    let mut random = random(7);
+    let x: Vec<f64> = (0..tokens * width).map(|_| random()).collect();
+    let x = faer::MatRef::from_row_major_slice(&x, tokens, width);
+    let product = x.transpose() * x;
+    let square: Vec<f64> = (0..width * width)
+        .map(|k| product[(k / width, k % width)])
+        .collect();
+    let gram = panels(&square, Shape::Upper);
+    let folder = tempfile::tempdir().unwrap();
+    let factor = |room: &Room, threads| {
+        let how = Factoring {
+            damp_percent: 0.01,
+            column_order: ColumnOrder::Static,
+            room,
+            threads,
+        };
+        Factor::new("down", &gram, None, how).unwrap()
+    };
+    let one = factor(&Room::Memory, 1);
+    let files = Room::Scratch(folder.path().into());
+    for (room, threads) in [(&files, 1), (&files, 3), (&Room::Memory, 2)] {
+        assert!(
+            factor(room, threads).lower == one.lower,
+            "{room:?}, {threads} threads"
+        );
+    }
+    // L Lᵀ is the damped matrix, in the factor's order.
+    let at = |i: usize, j: usize| if j <= i { one.lower.at(i, j) } else { 0.0 };
+    let lower = faer::Mat::from_fn(width, width, at);
+    let back = &lower * lower.transpose();
+    let scale = square[0];
+    for (i, j) in (0..width).flat_map(|i| (0..=i).map(move |j| (i, j))) {
+        let (row, column) = (one.column(i), one.column(j));
+        let damping = if i == j { one.damping[row] } else { 0.0 };
+        let expected = square[row * width + column] + damping;
+        assert!(
+            (back[(i, j)] - expected).abs() <= 1e-12 * scale * tokens as f64,
+            "{i} {j}"
+        );
+    }
+}
+
 fn grid(bits: u32, group_size: usize, symmetric: bool) -> Grid {
     Grid {
         bits,

@@ -1,7 +1,7 @@
 //! From exact sums to the factor that the solver works with: damping, column order, one Cholesky factorization.
 
 use super::gemm::{View, ViewMut, product};
-use super::panels::{PANEL_ROWS, Panels, Shape};
+use super::panels::{PANEL_ROWS, PANELS_TOGETHER, Panels, Shape};
 use crate::error::{Error, Result};
 use crate::memory::Room;
 use faer::linalg::cholesky::llt;
@@ -71,9 +71,6 @@ pub fn shift(mut cross: Panels, gram: &Panels) -> Panels {
     }
     cross
 }
-
-/// Panels that are factored together: the more, the less often those before them are read from a file.
-const PANELS_TOGETHER: usize = 4;
 
 /// Panels of matrices in files that the factorization holds at a time: its own, and one that it reads.
 pub const PANELS_HELD: u64 = PANELS_TOGETHER as u64 + 1;
