@@ -7,12 +7,12 @@ mod gptq;
 mod statistics;
 
 use crate::families::fixtures;
+use crate::quantize::run;
 use candle_core::{DType, Device};
 use quantflow::calibration::{Calibration, batches};
-use quantflow::error::Result;
 use quantflow::operators::Halt;
 use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate, write_logits};
-use quantflow::pipelines::quantize::{Job, REPORT, Summary, quantize};
+use quantflow::pipelines::quantize::{Job, REPORT};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe, Scheme};
 use quantflow::report::{Observer, Row, Silent};
@@ -107,17 +107,6 @@ pub(crate) fn rtn(model: &Path, output: &Path, workers: usize) -> Job {
         workers,
         ..Job::new(model.to_owned(), output.to_owned(), recipe)
     }
-}
-
-pub(crate) fn run(job: &Job) -> Result<Summary> {
-    let observer: Arc<dyn Observer> = Arc::new(Silent);
-    let summary = quantize(job, &observer, &Arc::<Halt>::default())?;
-    let (asked, planned) = (summary.asked_peak_host_bytes, summary.plan_peak_host_bytes);
-    assert!(
-        asked <= planned,
-        "asked for {asked} bytes where {planned} were planned"
-    );
-    Ok(summary)
 }
 
 pub(crate) fn compare(model: &Path, reference: &Path, windows: Calibration, workers: usize) -> Scores {

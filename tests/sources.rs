@@ -7,7 +7,8 @@ mod damaged;
 mod stored;
 
 use self::stored::{Checkpoint, Kind, values_of};
-use crate::mixtures::{compare, model, rtn, run, windows};
+use crate::mixtures::{compare, model, rtn, windows};
+use crate::quantize::run;
 use half::bf16;
 use quantflow::calibration::{self, Documents};
 use quantflow::model::{SiteKind, Tower};

@@ -104,7 +104,16 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                 }
             });
             if let Some((capability, chunk)) = queue.pop_front() {
-                match local.run(name, || work(&local, chunk)) {
+                let made = local.run(name, || {
+                    let shared = &local.shared;
+                    let planned = &shared.plan.linears[chunk.linear];
+                    let _work = (
+                        (shared.budget).take("a chunk of weights", shared.plan.chunk_bytes(planned))?,
+                        shared.take_panels(chunk.step, 1)?,
+                    );
+                    work(&local, chunk)
+                });
+                match made {
                     Some(made) => output.session(&capability).give(made),
                     None => queue.clear(),
                 }

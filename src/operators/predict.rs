@@ -41,11 +41,6 @@ fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<Predicte
     let Some(factor) = factor else {
         return Err(Error::Worker(format!("{} has no factor in memory", planned.name)));
     };
-    let shared = &local.shared;
-    let _work = (
-        (shared.budget).take("a chunk of weights", shared.plan.chunk_bytes(planned))?,
-        shared.take_panels(given.step, 1)?,
-    );
     let weights = given.weights(local)?;
     let importance = factor.importance();
     let loss = |&bits: &u32| predicted_loss(&weights, &importance, Grid { bits, ..grid });

@@ -26,12 +26,8 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
     let begin = thread_cpu();
     let plan = &local.shared.plan;
     let planned = &plan.linears[given.linear];
-    let budget = &local.shared.budget;
-    let _work = (
-        budget.take("a chunk of weights", plan.chunk_bytes(planned))?,
-        local.shared.take_panels(given.step, 1)?,
-    );
-    let bytes = budget.take("codes", plan.code_bytes(planned, given.rows(local).len()))?;
+    let codes = plan.code_bytes(planned, given.rows(local).len());
+    let bytes = local.shared.budget.take("codes", codes)?;
     let solution = match planned.to_solve() {
         None => None,
         Some(grid) => Some(solve_rows(local, &given, grid)?),

@@ -263,7 +263,8 @@ impl Plan {
 
     /// A step's weights in f32, in memory; where they are on a device, the largest on its way there.
     pub fn weight_bytes(&self, step: u64) -> u64 {
-        let bytes = f32_bytes(self.step_linears(step));
+        let linears = self.step_linears(step).iter();
+        let bytes = linears.map(|linear| (linear.rows * linear.columns * 4) as u64);
         match self.device_weight_bytes {
             None => bytes.sum(),
             Some(_) => bytes.max().unwrap_or(0),
@@ -370,13 +371,6 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     // L in single precision, for the energy.
     let solve = factors + matrices + square / 2;
     held + (batch + sums).max(sums + factors).max(solve)
-}
-
-/// Bytes of each of these in f32.
-fn f32_bytes(linears: &[PlannedLinear]) -> impl Iterator<Item = u64> {
-    linears
-        .iter()
-        .map(|linear| (linear.rows * linear.columns * 4) as u64)
 }
 
 /// Bytes that a step has resident in each of its phases, activations between steps aside.

@@ -1,7 +1,7 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
-use super::{FAMILIES, compare, model, read_rows, recipe, run, text};
-use crate::quantize::StopAfter;
+use super::{FAMILIES, compare, model, read_rows, recipe, text};
+use crate::quantize::{StopAfter, run};
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
 use quantflow::operators::Halt;

@@ -1,6 +1,7 @@
 //! Statistics artifacts of mixtures and latent attention: the sums are those of the definition, and add and retract to the byte.
 
-use super::{model, read_rows, recipe, run, text};
+use super::{model, read_rows, recipe, text};
+use crate::quantize::run;
 use candle_core::{DType, Device, Tensor};
 use quantflow::artifact::Artifact;
 use quantflow::calibration::{ContentId, Documents, Placed};

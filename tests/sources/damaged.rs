@@ -2,7 +2,8 @@
 
 use super::stored::{Checkpoint, Kind};
 use super::{is_linear, job, recipe};
-use crate::mixtures::{model, rtn, run};
+use crate::mixtures::{model, rtn};
+use crate::quantize::run;
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::Method;
 use serde_json::{Value, json};
