@@ -13,14 +13,14 @@ use super::sensitivity::{Measurement, measure};
 use super::{predict, resolve};
 use crate::allocation::{self, Measured, Sensitivity, Unit};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Calibration, ContentId};
+use crate::calibration::{self, Batch, Calibration, ContentId};
 use crate::checkpoint::{hex, read_json};
 use crate::error::{Error, Result};
 use crate::model::Tower;
 use crate::operators::Halt;
-use crate::plan::Plan;
+use crate::plan::{Graph, Load, MeasurementFit, Plan};
 use crate::recipe::{Damping, Method, Recipe};
-use crate::report::{Observer, Silent};
+use crate::report::{self, Observer, Silent};
 use crate::storage;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -64,6 +64,8 @@ pub struct Allocation {
     pub probe_bits: u32,
     /// Positions over which the KL is a mean.
     pub positions: u64,
+    /// Predicted peak of resident bytes while it was measured; 0 where it was not.
+    pub plan_peak_host_bytes: u64,
     /// Estimated KL of the whole.
     pub predicted_kl: f64,
     /// In the order of the model.
@@ -139,7 +141,9 @@ pub fn solve(
         recipe: allocation.recipe.clone(),
         ..job.clone()
     };
-    let summary = resolve::solve(&job, observer, halt)?;
+    let mut summary = resolve::solve(&job, observer, halt)?;
+    let measuring = allocation.plan_peak_host_bytes;
+    summary.plan_peak_host_bytes = summary.plan_peak_host_bytes.max(measuring);
     storage::write_whole(&job.output.join(RECIPE), allocation.recipe.to_toml()?.as_bytes())?;
     write(&job.output.join(SENSITIVITY), &allocation.sensitivity)?;
     Ok((summary, allocation))
@@ -174,37 +178,68 @@ pub fn allocate(
         &artifact.folder().display().to_string(),
         &tower.checkpoint.digest(),
     )?;
-    let sensitivity = match &wanted.measured {
-        From::File(path) => read(path, &digest(&plan, artifact))?,
-        From::Windows(windows) => sense(job, artifact, &plan, &units, windows, observer, halt)?,
+    let model = Model {
+        tower: &tower,
+        plan: &plan,
+        units: &units,
+    };
+    let (sensitivity, peak) = match &wanted.measured {
+        From::File(path) => (read(path, &digest(&plan, artifact))?, 0),
+        From::Windows(windows) => sense(job, artifact, &model, windows, observer, halt)?,
     };
     let widths = allocation::allocate(&units, &sensitivity, wanted.average_bits)?;
     let recipe = allocation::recipe(&plan, &tower, &units, &widths)?;
-    report(&tower, &plan, &units, &widths, wanted, recipe, sensitivity)
+    let mut allocation = describe(&model, &widths, wanted, recipe, sensitivity)?;
+    allocation.plan_peak_host_bytes = peak;
+    Ok(allocation)
+}
+
+/// What widths are chosen for.
+struct Model<'a> {
+    tower: &'a Tower,
+    plan: &'a Plan,
+    units: &'a [Unit],
+}
+
+/// How the measurement fits into the job's memory.
+fn fit(job: &Job, model: &Model<'_>, windows: &Calibration) -> Result<MeasurementFit> {
+    let tokens = |batch: &Batch| batch.tokens.len();
+    let load = Load {
+        graph: Graph::DataFree,
+        workers: job.workers,
+        batch_tokens: windows.batches.iter().map(tokens).max().unwrap_or(0),
+        tokens: windows.batches.iter().map(tokens).sum(),
+        streams: 1 + model.units.iter().filter(|unit| unit.widths.len() > 1).count(),
+    };
+    model
+        .plan
+        .fit_measurement(model.tower, &load, job.memory, report::available_host_bytes())
 }
 
 /// Predicts, solves at one width into the work folder, and measures each unit that has a choice. What an unfinished run of the same
-/// command has measured is taken from there.
+/// command has measured is taken from there. With the predicted peak of resident bytes, or 0 where nothing was left to measure.
 fn sense(
     job: &Job,
     artifact: &Arc<Artifact>,
-    plan: &Plan,
-    units: &[Unit],
+    model: &Model<'_>,
     windows: &Calibration,
     observer: &Arc<dyn Observer>,
     halt: &Arc<Halt>,
-) -> Result<Sensitivity> {
+) -> Result<(Sensitivity, u64)> {
+    let (plan, units) = (model.plan, model.units);
     quantize::expect_own_folder(job)?;
     let work = job.output.join(WORK_FOLDER).join("allocation");
-    storage::create_folder(&work)?;
     let kept = work.join(SENSITIVITY);
     let ids: Vec<ContentId> = windows.batches.iter().map(|batch| batch.id).collect();
     if kept.is_file() {
         let found = read(&kept, &digest(plan, artifact));
         if let Some(found) = found.ok().filter(|found| found.windows == ids) {
-            return Ok(found);
+            return Ok((found, 0));
         }
     }
+    // It may be refused: before anything is done.
+    let fit = fit(job, model, windows)?;
+    storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
     let mut recipe = job.recipe.clone();
     recipe.bits = probe_bits;
@@ -239,6 +274,7 @@ fn sense(
             windows: windows.clone(),
             scratch: work.clone(),
             workers: job.workers,
+            fit,
         },
         observer,
         halt,
@@ -267,7 +303,7 @@ fn sense(
     storage::remove(&work)?;
     storage::create_folder(&work)?;
     write(&kept, &measured)?;
-    Ok(measured)
+    Ok((measured, fit.peak_host_bytes))
 }
 
 fn write(path: &Path, sensitivity: &Sensitivity) -> Result<()> {
@@ -316,15 +352,14 @@ fn read(path: &Path, of: &str) -> Result<Sensitivity> {
     }
 }
 
-fn report(
-    tower: &Tower,
-    plan: &Plan,
-    units: &[Unit],
+fn describe(
+    model: &Model<'_>,
     widths: &[u32],
     wanted: &Wanted,
     recipe: Recipe,
     sensitivity: Sensitivity,
 ) -> Result<Allocation> {
+    let Model { tower, plan, units } = *model;
     let chosen = Plan::new(recipe.clone(), tower)?;
     let mut rows = Vec::new();
     for ((unit, &bits), measured) in units.iter().zip(widths).zip(&sensitivity.units) {
@@ -351,6 +386,7 @@ fn report(
         effective_bits: allocation::effective_bits(&chosen),
         probe_bits: sensitivity.probe_bits,
         positions: sensitivity.positions,
+        plan_peak_host_bytes: 0,
         predicted_kl: rows.iter().map(|row| row.predicted_kl).sum(),
         units: rows,
         recipe,

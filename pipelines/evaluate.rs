@@ -16,6 +16,7 @@ use crate::operators::carry::carry;
 use crate::operators::gather::gather;
 use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
+use crate::plan::LOGITS_BYTES;
 use crate::report::{self, Observer};
 use crate::storage;
 use candle_core::{Device, Tensor};
@@ -26,8 +27,6 @@ use std::time::Instant;
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
 
-/// Logits of one model at a time, in f32.
-const LOGITS_BYTES: usize = 32 << 20;
 /// Activations that stay in memory, over all workers.
 const RESIDENT_BYTES: usize = 256 << 20;
 

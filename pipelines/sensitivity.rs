@@ -18,7 +18,8 @@ use crate::operators::carry::carry;
 use crate::operators::gather::gather;
 use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
-use crate::report::Observer;
+use crate::plan::{LOGITS_BYTES, MeasurementFit};
+use crate::report::{Observer, release_free_memory};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -26,11 +27,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use timely::dataflow::operators::vec::ToStream;
 use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
-
-/// Logits of one model at a time, in f32.
-const LOGITS_BYTES: usize = 64 << 20;
-/// Residuals that stay in memory, over all workers; the rest is in a scratch file.
-const RESIDENT_BYTES: usize = 256 << 20;
 
 /// What to measure.
 #[derive(Debug)]
@@ -47,6 +43,8 @@ pub struct Measurement {
     pub scratch: PathBuf,
     /// Worker threads.
     pub workers: usize,
+    /// The memory for it.
+    pub fit: MeasurementFit,
 }
 
 /// One window: the sum of the KL over its positions, by part.
@@ -100,7 +98,7 @@ pub fn measure(job: Measurement, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     });
     let costs: Arc<Mutex<Vec<Cost>>> = Arc::default();
     let (for_workers, gathered) = (Arc::clone(&shared), Arc::clone(&costs));
-    let (resident, scratch) = (RESIDENT_BYTES / job.workers, job.scratch);
+    let (resident, scratch) = (job.fit.resident_bytes / job.workers, job.scratch);
     run::on_workers(job.workers, halt, move |worker| {
         let mut store = ActivationStore::new(&scratch, resident, Precision::F32);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
@@ -172,9 +170,11 @@ fn advance(
     }
     let load = |source: &Source, slot: usize| {
         let key = (block * 2 + slot) as u64;
-        shared
-            .blocks
-            .get(key, 4, || source.load_block(block, &shared.rotary))
+        shared.blocks.get(key, 4, || {
+            // Of the blocks that went.
+            release_free_memory();
+            source.load_block(block, &shared.rotary)
+        })
     };
     let original = load(source, 0)?;
     for (part, (own, names)) in shared.parts.iter().enumerate() {

@@ -1,9 +1,13 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
+mod bytes;
+mod device;
+mod measurement;
 mod memory;
 mod steps;
 mod time;
 
+pub use measurement::{LOGITS_BYTES, MeasurementFit};
 pub use memory::{Fit, Graph, Load};
 
 use self::steps::Step;
@@ -41,6 +45,8 @@ pub struct PlannedLinear {
     pub rows: usize,
     /// Input features.
     pub columns: usize,
+    /// Bytes of the original weight in memory.
+    pub stored_bytes: usize,
     /// `None`: left alone.
     pub grid: Option<Grid>,
     /// What departs from the recipe, in words.
@@ -174,6 +180,7 @@ impl Plan {
                         name,
                         rows: spec.rows,
                         columns: spec.columns,
+                        stored_bytes: tower.linear_bytes(block, &spec),
                         grid,
                         fallback,
                         kept: false,

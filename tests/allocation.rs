@@ -20,6 +20,7 @@ use quantflow::pipelines::sensitivity::{Measurement, measure};
 use quantflow::pipelines::statistics::{self, Change, update};
 use quantflow::pipelines::sweep::{Sweep, sweep};
 use quantflow::pipelines::verify::verify;
+use quantflow::plan::MeasurementFit;
 use quantflow::plan::Plan;
 use quantflow::recipe::{BITS, Method, Recipe, Scheme};
 use quantflow::report::{Observer, Silent};
@@ -426,6 +427,10 @@ fn the_cost_of_a_part_is_the_divergence_of_a_model_with_that_part_quantized() {
             windows: windows.clone(),
             scratch: folder.path().to_owned(),
             workers,
+            fit: MeasurementFit {
+                peak_host_bytes: 0,
+                resident_bytes: if workers == 2 { 0 } else { 1 << 20 },
+            },
         };
         measure(job, &silent(), &Arc::default()).unwrap()
     };
@@ -496,6 +501,31 @@ fn an_average_gives_the_same_checkpoint_however_it_is_run() {
         "{widths:?}"
     );
     assert!((chosen.effective_bits - chosen.average_bits - 16.0 / 64.0).abs() < 1e-9);
+    // In no more memory than is refused.
+    let tight = |memory: u64| {
+        let job = Job {
+            memory: Some(memory),
+            ..job(&at("tight"))
+        };
+        allocated(&job, 3.4, From::Windows(windows(2)))
+    };
+    let refused = tight(64 << 20).unwrap_err();
+    assert!(
+        refused.to_string().contains("--average-bits is measured"),
+        "{refused}"
+    );
+    assert!(!at("tight").exists());
+    let smallest: u64 = refused
+        .hint()
+        .and_then(|hint| hint.split(' ').find_map(|word| word.parse().ok()))
+        .unwrap();
+    assert!(tight(smallest - 1).is_err());
+    let (summary, again) = tight(smallest).unwrap();
+    assert_eq!(summary.output_digest, one.output_digest);
+    assert_eq!(
+        (again.sensitivity, again.plan_peak_host_bytes),
+        (chosen.sensitivity.clone(), smallest)
+    );
     // Both layouts hold it, whole.
     let (_, gptq) = solve("gptq", 2, "gptq");
     for name in ["1", "gptq"] {

@@ -9,6 +9,7 @@ mod formats;
 mod golden;
 mod kernels;
 mod layout;
+mod linear;
 mod mixtures;
 mod quantize;
 mod reference;

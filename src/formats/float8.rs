@@ -8,7 +8,7 @@
 use super::TensorLookup;
 use super::raw::Raw;
 use crate::error::{Error, Result};
-use crate::numerics::fp8;
+use crate::numerics::fp8::{self, Float8Matrix};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
@@ -132,22 +132,39 @@ impl<'a> Float8<'a> {
         let (scales, _) = self.scale.scales()?;
         let (begin, length) = (expert * self.expert_scales, self.expert_scales.max(1));
         let matrix = expert * self.rows * self.columns;
-        let codes = &self.codes[matrix + rows.start * self.columns..matrix + rows.end * self.columns];
-        if let Some(at) = codes.iter().position(|&code| fp8::is_nan(code)) {
-            let at = matrix + rows.start * self.columns + at;
-            return Err(Error::invalid(
+        let codes = self.numbers(matrix + rows.start * self.columns..matrix + rows.end * self.columns)?;
+        let mut values = vec![0.0; codes.len()];
+        let scales = &scales[begin..begin + length];
+        fp8::dequantize_blocks_to(codes, self.columns, rows.start, scales, self.block, &mut values);
+        Ok(values)
+    }
+
+    /// The one matrix that there is, in memory.
+    ///
+    /// # Errors
+    /// A scale, or an element, is no number.
+    pub fn into_matrix(self) -> Result<Float8Matrix> {
+        self.numbers(0..self.rows * self.columns)?;
+        let (scales, _) = self.scale.scales()?;
+        Ok(Float8Matrix {
+            codes: self.codes.into_owned(),
+            columns: self.columns,
+            scales,
+            block: self.block,
+        })
+    }
+
+    /// These codes, of which none is NaN.
+    fn numbers(&self, range: Range<usize>) -> Result<&[u8]> {
+        let codes = &self.codes[range.clone()];
+        match codes.iter().position(|&code| fp8::is_nan(code)) {
+            None => Ok(codes),
+            Some(at) => Err(Error::invalid(
                 &self.name,
-                format!("element {at} is not a number"),
+                format!("element {} is not a number", range.start + at),
                 "the file is damaged: download it again",
-            ));
+            )),
         }
-        Ok(fp8::dequantize_blocks(
-            codes,
-            self.columns,
-            rows.start,
-            &scales[begin..begin + length],
-            self.block,
-        ))
     }
 }
 

@@ -9,49 +9,16 @@
 //!
 //! Activations are `[tokens, width]` in f32; tokens are those of whole sequences of one length.
 
+use super::linear::{Linear, precision};
 use super::mixture::MixtureWeights;
 use super::ops;
 use super::rotary::Rotary;
 use super::sites::{LinearSpec, SiteKind};
 use super::spec::{BlockSpec, LayerSpec};
-use crate::device::matrix::product;
 use crate::error;
 use crate::numerics::attention::AttentionShape;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use std::sync::Arc;
-
-/// Weight `[rows, columns]` and an optional bias `[rows]` in f32. The weight is in f32, too, or on a device in the model's own 16 bits.
-#[derive(Clone, Debug)]
-pub struct Linear {
-    /// `[rows, columns]`
-    pub weight: Tensor,
-    /// `[rows]`
-    pub bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// The dtype of its products.
-    pub(super) fn precision(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    /// x Wᵀ + b, in f32. A 16-bit weight takes its input in 16 bits, as the model does at run time, and sums in f32.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = match self.precision() {
-            DType::F32 => x.matmul(&self.weight.t()?)?,
-            precision => product(&x.to_dtype(precision)?, &self.weight.t()?)?,
-        };
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    }
-}
-
-/// The dtype of the linears' products.
-pub(super) fn precision(linears: &[Linear]) -> DType {
-    linears.first().map_or(DType::F32, Linear::precision)
-}
 
 /// RMS norm weights of a block; the unit offset, where a family has one, is already added.
 #[derive(Clone, Debug)]
@@ -166,7 +133,8 @@ impl Block {
             [gate, up] => (gate.forward(x)?, up.forward(x)?),
             other => candle_core::bail!("an MLP takes 1 or 2 linears before down, not {}", other.len()),
         };
-        ops::gated(&gate, &up, self.spec.activation)
+        ops::multiply_gated(&gate, &up, self.spec.activation)?;
+        Ok(gate)
     }
 
     /// residual after the attention and input of down → residual after the block

@@ -7,7 +7,8 @@
 //!     └────────────► shared expert ─gate─► [down] ──(sigmoid gate)────────────┘
 //! ```
 
-use super::block::{Block, Linear};
+use super::block::Block;
+use super::linear::Linear;
 use super::ops;
 use super::sites::LinearSpec;
 use super::spec::MixtureSpec;

@@ -5,7 +5,8 @@
 //! [qkv] ─compress─► [q_b], [kv_b], rotary key ─attend_latents─► [o]
 //! ```
 
-use super::block::{Block, Linear};
+use super::block::Block;
+use super::linear::Linear;
 use super::ops;
 use super::rotary::Rotary;
 use super::spec::MlaSpec;

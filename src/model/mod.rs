@@ -4,6 +4,7 @@
 pub mod block;
 mod coded;
 pub mod families;
+mod linear;
 pub mod mixture;
 pub mod mla;
 pub mod ops;
@@ -14,8 +15,9 @@ pub mod spec;
 mod tower;
 mod weights;
 
-pub use block::{Block, Linear, Norms};
+pub use block::{Block, Norms};
 pub use coded::Coded;
+pub use linear::{Linear, Weight, panel_rows};
 pub use rotary::Rotary;
 pub use sites::{LinearSpec, SiteKind};
 pub use source::{LoadedBlock, Source};

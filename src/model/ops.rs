@@ -6,7 +6,7 @@ use crate::device;
 use crate::numerics::attention::{AttentionShape, attention as attention_kernel};
 use crate::numerics::elementwise::{clamped_swiglu_gate, gelu_tanh_gate, silu_gate};
 use crate::numerics::routing::add_gated_rows as add_gated_rows_kernel;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 
 #[cfg(feature = "cuda")]
 use {
@@ -14,9 +14,9 @@ use {
     candle_core::CudaStorage,
 };
 
-/// `activation(gate) * up`, both `[tokens, width]` f32.
-pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    gate.apply_op2_no_bwd(up, &Gated(activation))
+/// `gate = activation(gate) * up`, in place, both `[tokens, width]` f32.
+pub fn multiply_gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+    gate.inplace_op2(up, &MultiplyGated(activation))
 }
 
 /// Causal attention of queries, keys and values: see [`crate::numerics::attention`], and [`crate::device::attention`], which takes them in
@@ -38,47 +38,32 @@ pub fn add_gated_rows(out: &Tensor, rows: &Tensor, tokens: &[u32], gates: &[f32]
     out.inplace_op2(rows, &AddGatedRows { tokens, gates })
 }
 
-struct Gated(Activation);
+struct MultiplyGated(Activation);
 
-impl CustomOp2 for Gated {
+impl InplaceOp2 for MultiplyGated {
     fn name(&self) -> &'static str {
-        "gated"
+        "multiply_gated"
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let mut gate = contiguous(s1, l1)?.to_vec();
-        let up = contiguous(s2, l2)?;
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (gate, up) = (contiguous_mut(s1, l1)?, contiguous(s2, l2)?);
         match self.0 {
-            Activation::Silu => silu_gate(&mut gate, up),
-            Activation::GeluTanh => gelu_tanh_gate(&mut gate, up),
-            Activation::ClampedSwiglu { alpha, limit } => clamped_swiglu_gate(&mut gate, up, alpha, limit),
+            Activation::Silu => silu_gate(gate, up),
+            Activation::GeluTanh => gelu_tanh_gate(gate, up),
+            Activation::ClampedSwiglu { alpha, limit } => clamped_swiglu_gate(gate, up, alpha, limit),
         }
-        Ok((CpuStorage::F32(gate), l1.shape().clone()))
+        Ok(())
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let (count, shape) = (l1.shape().elem_count(), l1.shape().clone());
+    fn cuda_fwd(&self, s1: &mut CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<()> {
+        let count = l1.shape().elem_count();
         let (activation, alpha, limit) = match self.0 {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::GeluTanh => (1, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (2, alpha, limit),
         };
-        let out = cuda::floats(&s1.device, DType::F32, count)?;
         let args = [
-            cuda::pointer_at(&out, &Layout::contiguous(count))?,
             cuda::pointer_at(s1, l1)?,
             cuda::pointer_at(s2, l2)?,
             Arg::U64(count as u64),
@@ -86,8 +71,7 @@ impl CustomOp2 for Gated {
             Arg::F32(alpha),
             Arg::F32(limit),
         ];
-        cuda::launch(&s1.device, cuda::FORWARD, "gated", Threads::over(count, 1), &args)?;
-        Ok((out, shape))
+        cuda::launch(&s1.device, cuda::FORWARD, "gated", Threads::over(count, 1), &args)
     }
 }
 
@@ -128,13 +112,8 @@ impl InplaceOp2 for AddGatedRows<'_> {
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
         let rows = contiguous(s2, l2)?;
         let (_, width) = l1.shape().dims2()?;
-        match (s1, l1.contiguous_offsets()) {
-            (CpuStorage::F32(out), Some((begin, end))) => {
-                add_gated_rows_kernel(&mut out[begin..end], rows, self.tokens, self.gates, width);
-                Ok(())
-            }
-            _ => candle_core::bail!("this operation needs contiguous f32 tensors"),
-        }
+        add_gated_rows_kernel(contiguous_mut(s1, l1)?, rows, self.tokens, self.gates, width);
+        Ok(())
     }
 
     #[cfg(feature = "cuda")]
@@ -164,5 +143,12 @@ fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
     match layout.contiguous_offsets() {
         Some((begin, end)) => Ok(&storage.as_slice::<f32>()?[begin..end]),
         None => candle_core::bail!("this operation needs contiguous tensors"),
+    }
+}
+
+fn contiguous_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((begin, end))) => Ok(&mut values[begin..end]),
+        _ => candle_core::bail!("this operation needs contiguous f32 tensors"),
     }
 }

@@ -1,6 +1,7 @@
 //! A checkpoint as an evaluation streams it: a block at a time, with all of its linears at once.
 
-use super::block::{Block, Linear};
+use super::block::Block;
+use super::linear::Linear;
 use super::rotary::Rotary;
 use super::sites::{LinearSpec, SiteKind};
 use super::tower::Tower;

@@ -1,8 +1,9 @@
 //! The text tower of a checkpoint: names and weights of embedding, blocks and head, read from the memory map a block at
 //! a time. What is outside the tower (vision tower, projector) is never touched.
 
-use super::block::{Block, Linear, Norms};
+use super::block::{Block, Norms};
 use super::families;
+use super::linear::{Linear, Weight};
 use super::mixture::MixtureWeights;
 use super::rotary::Rotary;
 use super::sites::LinearSpec;
@@ -346,14 +347,17 @@ impl Tower {
         let shared_gate = load(gated, at(&format!("{}_gate.weight", names.shared)))?;
         Ok(MixtureWeights {
             router: Linear {
-                weight: self.load(&format!("{router}.weight"))?,
+                weight: Weight::Whole(self.load(&format!("{router}.weight"))?),
                 bias: load(mixture.router_bias, format!("{router}.bias"))?,
             },
             correction: mixture
                 .correction_bias
                 .then(|| self.load_values(&format!("{router}.{CORRECTION}")))
                 .transpose()?,
-            shared_gate: shared_gate.map(|weight| Linear { weight, bias: None }),
+            shared_gate: shared_gate.map(|weight| Linear {
+                weight: Weight::Whole(weight),
+                bias: None,
+            }),
         })
     }
 

@@ -1,19 +1,22 @@
-//! The weights of a checkpoint in f32, however they are stored: plain, among all experts, or quantized. Whoever needs a linear asks here;
-//! what is quantized is dequantized as it is read (`coded`), and nothing is copied to the disk.
+//! The weights of a checkpoint, however they are stored: plain, among all experts, or quantized. Whoever needs a linear asks here; what is
+//! quantized is read as its values (`coded`), and nothing is copied to the disk.
 
-use super::block::Linear;
 use super::coded::panels;
+use super::linear::{Linear, Weight};
 use super::sites::{FusedSlice, LinearSpec};
 use super::tower::Tower;
 use crate::checkpoint::TensorView;
 use crate::device;
 use crate::error::{Error, Result};
+use crate::formats::Stored;
 use crate::numerics::QuantizedWeight;
 use bytemuck::allocation::pod_collect_to_vec;
 use candle_core::{DType, Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
+use std::sync::Arc;
 
 impl Tower {
     /// Shape of a weight, by the name that it has unquantized. Reads headers only.
@@ -25,9 +28,9 @@ impl Tower {
             return reader.shape(name, &|name| self.stored(name));
         }
         let tensor = self.checkpoint.tensor(name)?;
-        match tensor.dtype {
-            Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(tensor.shape.to_vec()),
-            other => Err(unreadable(name, other)),
+        match float(tensor.dtype) {
+            Some(_) => Ok(tensor.shape.to_vec()),
+            None => Err(unreadable(name, tensor.dtype)),
         }
     }
 
@@ -152,10 +155,12 @@ impl Tower {
         let rows = linear.rows * slice.parts;
         self.expect(&name, &[slice.experts, rows])?;
         let all = self.expert(&name, slice, &[rows, 1])?;
-        Ok(Some(part(&all, linear.rows, slice)?.flatten_all()?))
+        let own = part(&all, linear.rows, slice)?.flatten_all()?;
+        Ok(Some(own.to_dtype(DType::F32)?))
     }
 
-    /// One expert's share of a tensor of all experts, which is `[experts, ..]`, in f32 and in `shape`.
+    /// One expert's share of a tensor of all experts, which is `[experts, ..]`, in `shape`: in the dtype that it has, or in f32 where it is
+    /// quantized.
     fn expert(&self, name: &str, slice: &FusedSlice, shape: &[usize]) -> Result<Tensor> {
         if self.reader_of(name).is_some() {
             let values = self.read(name)?.dequantize(slice.expert, 0..shape[0])?;
@@ -164,12 +169,9 @@ impl Tower {
         }
         let all = self.checkpoint.tensor(name)?;
         let bytes = all.bytes.len() / slice.experts;
-        let view = TensorView {
-            bytes: &all.bytes[slice.expert * bytes..][..bytes],
-            shape,
-            ..all
-        };
-        let tensor = widen(&view, self.device())?;
+        let bytes = &all.bytes[slice.expert * bytes..][..bytes];
+        let dtype = float(all.dtype).ok_or_else(|| unreadable(name, all.dtype))?;
+        let tensor = Tensor::from_raw_buffer(bytes, dtype, shape, self.device())?;
         self.checkpoint.release(name);
         Ok(tensor)
     }
@@ -204,45 +206,91 @@ impl Tower {
         Ok(part(&all, linear.rows, slice)?)
     }
 
-    /// A weight whose stored dtype is the one that linears have; `None` for others.
-    fn load_as_stored(&self, name: &str) -> Result<Option<Tensor>> {
-        let dtype = match self.checkpoint.get(name).map(|view| view.dtype) {
-            Some(Dtype::BF16) => DType::BF16,
-            Some(Dtype::F16) => DType::F16,
-            _ => return Ok(None),
-        };
-        if dtype != self.precision() || self.reader_of(name).is_some() {
-            return Ok(None);
+    /// A weight of its own tensor, as narrow as it is stored.
+    fn weight(&self, name: &str) -> Result<Weight> {
+        let on_device = self.placement().on_device;
+        if self.reader_of(name).is_some() && !on_device {
+            let weight = match self.read(name)? {
+                Stored::Codes(weight) => Weight::Codes(Arc::new(weight)),
+                Stored::Floats(floats) => Weight::Floats(Arc::new(floats.into_matrix()?)),
+            };
+            self.release(name);
+            return Ok(weight);
         }
-        let view = self.checkpoint.tensor(name)?;
-        let weight = device::weights::upload(view.bytes, dtype, view.shape, self.device())?;
-        self.checkpoint.release(name);
-        Ok(Some(weight))
+        let view = self.checkpoint.get(name);
+        let halves =
+            view.and_then(|view| Some((view, float(view.dtype).filter(|dtype| *dtype != DType::F32)?)));
+        match halves {
+            Some((view, dtype)) if on_device && dtype == self.precision() => {
+                let weight = device::weights::upload(view.bytes, dtype, view.shape, self.device())?;
+                self.checkpoint.release(name);
+                Ok(Weight::Whole(weight))
+            }
+            Some((view, dtype)) if !on_device => {
+                let mut bits: Vec<u16> = Vec::with_capacity(view.shape.iter().product());
+                self.checkpoint.stream(name, |bytes| {
+                    bits.extend(pod_collect_to_vec::<u8, u16>(bytes));
+                    Ok(())
+                })?;
+                let (shape, device) = (view.shape, self.device());
+                Ok(Weight::Halves(match dtype {
+                    DType::BF16 => Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, device)?,
+                    _ => Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device)?,
+                }))
+            }
+            _ => Ok(Weight::Whole(self.load(name)?.to_dtype(self.precision())?)),
+        }
     }
 
-    /// A linear as the checkpoint has it, in f32, or in the dtype of [`Tower::precision`] on a device.
+    /// A linear as the checkpoint has it.
     ///
     /// # Errors
-    /// It is missing, misshapen or cannot be dequantized.
+    /// It is missing, misshapen or cannot be read.
     pub fn linear(&self, block: usize, linear: &LinearSpec) -> Result<Linear> {
         let weight = match (&linear.fused, self.fused_name(block, linear)) {
-            (Some(slice), Some(name)) => self.fused_linear(&name, linear, slice)?,
+            (Some(slice), Some(name)) => {
+                let weight = self.fused_linear(&name, linear, slice)?;
+                match self.placement().on_device || weight.dtype() == DType::F32 {
+                    true => Weight::Whole(weight.to_dtype(self.precision())?),
+                    false => Weight::Halves(weight),
+                }
+            }
             _ => {
                 let name = self.weight_name(block, linear);
                 self.expect(&name, &[linear.rows, linear.columns])?;
-                match self.load_as_stored(&name)? {
-                    Some(weight) => weight,
-                    None => self.load(&name)?,
-                }
+                self.weight(&name)?
             }
         };
         Ok(Linear {
-            weight: weight.to_dtype(self.precision())?,
+            weight,
             bias: self.bias(block, linear)?,
         })
     }
 
-    /// A linear with another, quantized weight, dequantized to f32, or to the dtype of [`Tower::precision`] on a device, and its own bias.
+    /// Bytes of [`Self::linear`]'s weight in the CPU's memory. Looks at headers only.
+    pub fn linear_bytes(&self, block: usize, linear: &LinearSpec) -> usize {
+        let fused = self.fused_name(block, linear);
+        let own = || self.weight_name(block, linear);
+        let name = fused.clone().unwrap_or_else(own);
+        let elements = linear.rows * linear.columns;
+        let stored = self.checkpoint.get(&name).map(|view| view.dtype);
+        match (self.reader_of(&name), stored) {
+            (None, Some(Dtype::BF16 | Dtype::F16)) => elements * 2,
+            (Some(reader), stored) if fused.is_none() => {
+                let parts = reader.parts(&name, &|name| self.stored(name)).into_iter();
+                let scales = parts.filter(|part| part.contains(".weight_scale") || part.ends_with(".scales"));
+                let count = |part: String| Some(self.checkpoint.get(&part)?.shape.iter().product::<usize>());
+                let scale_bytes = match stored {
+                    Some(Dtype::F8_E4M3) => size_of::<f32>(),
+                    _ => QuantizedWeight::GROUP_BYTES,
+                };
+                elements + scales.filter_map(count).sum::<usize>() * scale_bytes
+            }
+            _ => elements * 4,
+        }
+    }
+
+    /// A linear with another, quantized weight, and its own bias.
     ///
     /// # Errors
     /// The weight has another shape than config.json asks for.
@@ -250,7 +298,7 @@ impl Tower {
         &self,
         block: usize,
         linear: &LinearSpec,
-        weight: &QuantizedWeight,
+        weight: Arc<QuantizedWeight>,
     ) -> Result<Linear> {
         let shape = (weight.rows, weight.columns);
         if shape != (linear.rows, linear.columns) {
@@ -264,7 +312,14 @@ impl Tower {
             ));
         }
         Ok(Linear {
-            weight: device::weights::dequantize(weight, self.precision(), self.device())?,
+            weight: match self.placement().on_device {
+                true => Weight::Whole(device::weights::dequantize(
+                    &weight,
+                    self.precision(),
+                    self.device(),
+                )?),
+                false => Weight::Codes(weight),
+            },
             bias: self.bias(block, linear)?,
         })
     }
@@ -278,6 +333,16 @@ fn part(all: &Tensor, rows: usize, slice: &FusedSlice) -> candle_core::Result<Te
         return turns.narrow(1, slice.part, 1)?.squeeze(1)?.contiguous();
     }
     all.narrow(0, slice.part * rows, rows)?.contiguous()
+}
+
+/// The floats that plain weights may be.
+fn float(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::BF16 => Some(DType::BF16),
+        Dtype::F16 => Some(DType::F16),
+        _ => None,
+    }
 }
 
 pub(super) fn unreadable(name: &str, dtype: Dtype) -> Error {

@@ -1,5 +1,7 @@
 //! Weights in 8-bit floats (E4M3) with a scale for each rectangular block, as DeepSeek-V3 is published.
 
+use std::ops::Range;
+
 /// Mantissa bits.
 const MANTISSA_BITS: u32 = 3;
 /// Value of exponent field 1 is 2^(1 - BIAS).
@@ -22,31 +24,59 @@ pub fn is_nan(byte: u8) -> bool {
     byte & 0x7f == 0x7f
 }
 
-/// `codes`, rows of `columns` from row `first` of a matrix on, times their scales: element (r, c) of the matrix has the scale
-/// (r / block\[0\], c / block\[1\]) of `scales`, `[.., ceil(columns / block[1])]`.
+/// A matrix of E4M3 bytes, none of them NaN, with a scale for each block: element (r, c) has the scale (r / block\[0\], c / block\[1\]) of
+/// `scales`, `[.., ceil(columns / block[1])]`.
+#[derive(Clone, Debug)]
+pub struct Float8Matrix {
+    /// `[rows, columns]`, row-major.
+    pub codes: Vec<u8>,
+    /// Columns.
+    pub columns: usize,
+    /// A factor a block.
+    pub scales: Vec<f32>,
+    /// Sides of a block.
+    pub block: [usize; 2],
+}
+
+impl Float8Matrix {
+    /// Writes the values of some rows to `values`, row-major.
+    ///
+    /// # Panics
+    /// There are no such rows, or `values` has room for others.
+    pub fn dequantize_rows_to(&self, rows: Range<usize>, values: &mut [f32]) {
+        let codes = &self.codes[rows.start * self.columns..rows.end * self.columns];
+        dequantize_blocks_to(codes, self.columns, rows.start, &self.scales, self.block, values);
+    }
+}
+
+/// Writes the values of `codes`, rows of `columns` from row `first` of a matrix on, to `values`; scales are as those of a [`Float8Matrix`].
 ///
 /// # Panics
-/// `codes` are no whole rows, or rows without scales.
-pub fn dequantize_blocks(
+/// `codes` are no whole rows, or rows without scales, or `values` has room for others.
+pub fn dequantize_blocks_to(
     codes: &[u8],
     columns: usize,
     first: usize,
     scales: &[f32],
     block: [usize; 2],
-) -> Vec<f32> {
+    values: &mut [f32],
+) {
     let [rows_of, columns_of] = block;
     let across = columns.div_ceil(columns_of);
     let rows = codes.len() / columns;
     assert!(codes.len() == rows * columns && scales.len() >= (first + rows).div_ceil(rows_of) * across);
-    let values: [f32; 256] = std::array::from_fn(|byte| e4m3(byte as u8));
-    let mut out = Vec::with_capacity(codes.len());
-    for (r, row) in codes.chunks_exact(columns).enumerate() {
+    assert_eq!(values.len(), codes.len());
+    let table: [f32; 256] = std::array::from_fn(|byte| e4m3(byte as u8));
+    let each = values.chunks_exact_mut(columns).zip(codes.chunks_exact(columns));
+    for (r, (values, codes)) in each.enumerate() {
         let scales = &scales[(first + r) / rows_of * across..][..across];
-        for (part, &scale) in row.chunks(columns_of).zip(scales) {
-            out.extend(part.iter().map(|&code| values[usize::from(code)] * scale));
+        let parts = values.chunks_mut(columns_of).zip(codes.chunks(columns_of));
+        for ((values, codes), &scale) in parts.zip(scales) {
+            for (value, &code) in values.iter_mut().zip(codes) {
+                *value = table[usize::from(code)] * scale;
+            }
         }
     }
-    out
 }
 
 #[cfg(test)]
@@ -92,9 +122,17 @@ mod tests {
             let scales: Vec<f32> = (0..rows.div_ceil(block[0]) * across)
                 .map(|i| 0.5 + i as f32)
                 .collect();
-            let ours = dequantize_blocks(&codes, columns, 0, &scales, block);
+            let matrix = Float8Matrix {
+                codes: codes.clone(),
+                columns,
+                scales: scales.clone(),
+                block,
+            };
+            let mut ours = vec![0.0; codes.len()];
+            matrix.dequantize_rows_to(0..rows, &mut ours);
             for first in 0..rows {
-                let rest = dequantize_blocks(&codes[first * columns..], columns, first, &scales, block);
+                let mut rest = vec![0.0; (rows - first) * columns];
+                matrix.dequantize_rows_to(first..rows, &mut rest);
                 assert_eq!(rest, ours[first * columns..]);
             }
             for (i, value) in ours.into_iter().enumerate() {

@@ -3,6 +3,7 @@
 //! Codes are final (law 7): a [`QuantizedWeight`] is the only carrier of codes, scales and zero points
 //! between solver, output file and forward pass; nothing is re-derived from dequantized weights.
 
+use super::simd::vectorized;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -91,6 +92,9 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
+    /// Bytes of a group's scale and zero point.
+    pub const GROUP_BYTES: usize = size_of::<f32>() + size_of::<u8>();
+
     /// Groups in a row.
     pub fn groups(&self) -> usize {
         self.columns / self.grid.group_size
@@ -106,15 +110,30 @@ impl QuantizedWeight {
     /// # Panics
     /// There are no such rows.
     pub fn dequantize_rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let mut values = vec![0.0; rows.len() * self.columns];
+        self.dequantize_rows_to(rows, &mut values);
+        values
+    }
+
+    /// Writes these rows of [`Self::dequantize`] to `values`.
+    ///
+    /// # Panics
+    /// There are no such rows, or `values` has room for others.
+    pub fn dequantize_rows_to(&self, rows: Range<usize>, values: &mut [f32]) {
         let codes = &self.codes[rows.start * self.columns..rows.end * self.columns];
+        assert_eq!(values.len(), codes.len());
         let groups = rows.start * self.groups()..rows.end * self.groups();
-        let mut out = Vec::with_capacity(codes.len());
         let scales = self.scales[groups.clone()].iter().zip(&self.zeros[groups]);
-        for (codes, (&scale, &zero)) in codes.chunks_exact(self.grid.group_size).zip(scales) {
-            let zero = i32::from(zero);
-            out.extend(codes.iter().map(|&code| (i32::from(code) - zero) as f32 * scale));
-        }
-        out
+        let size = self.grid.group_size;
+        let parts = values.chunks_exact_mut(size).zip(codes.chunks_exact(size));
+        vectorized!({
+            for ((values, codes), (&scale, &zero)) in parts.zip(scales) {
+                let zero = i32::from(zero);
+                for (value, &code) in values.iter_mut().zip(codes) {
+                    *value = (i32::from(code) - zero) as f32 * scale;
+                }
+            }
+        });
     }
 }
 

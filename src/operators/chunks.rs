@@ -4,7 +4,8 @@
 use super::local::Local;
 use super::records::Factored;
 use crate::device::solver::rows_at_a_time;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::{Linear, Weight};
 use crate::plan::{CHUNK_ROWS, PlannedLinear};
 use candle_core::Tensor;
 use std::collections::VecDeque;
@@ -37,24 +38,31 @@ impl Chunk {
         first..planned.rows.min(first + height)
     }
 
-    /// Its original weights, `[rows, columns]`, where the linear is.
+    /// Its original weights, `[rows, columns]`, on the device where the linear is whole.
+    ///
+    /// # Errors
+    /// They cannot be read, or are not there.
+    pub fn tensor(&self, local: &Local) -> Result<Tensor> {
+        let rows = self.rows(local);
+        match &self.linear(local)?.weight {
+            Weight::Whole(weight) => Ok(weight.narrow(0, rows.start, rows.len())?),
+            _ => Err(Error::Worker("these weights are not on a device".into())),
+        }
+    }
+
+    /// Its original weights in memory, in f32, row-major.
     ///
     /// # Errors
     /// They cannot be read.
-    pub fn tensor(&self, local: &Local) -> Result<Tensor> {
-        let shared = &local.shared;
-        let planned = &shared.plan.linears[self.linear];
-        let rows = self.rows(local);
-        let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
-        Ok(originals[planned.slot].weight.narrow(0, rows.start, rows.len())?)
+    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
+        Ok(self.linear(local)?.weight.rows(self.rows(local))?)
     }
 
-    /// [`Self::tensor`] in memory, row-major.
-    ///
-    /// # Errors
-    /// As [`Self::tensor`].
-    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
-        Ok(self.tensor(local)?.flatten_all()?.to_vec1()?)
+    fn linear(&self, local: &Local) -> Result<Linear> {
+        let shared = &local.shared;
+        let planned = &shared.plan.linears[self.linear];
+        let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
+        Ok(originals[planned.slot].clone())
     }
 }
 

@@ -106,9 +106,9 @@ impl<'a> Passage<'a> {
         let shared = &self.local.shared;
         match self.stream {
             Stream::Original => shared.stages.original(step, &shared.plan, &shared.tower),
-            Stream::Quantized => shared.stages.quantized(step, &shared.plan, &shared.tower, || {
-                super::install::committed_linears(shared, step)
-            }),
+            Stream::Quantized => shared
+                .stages
+                .quantized(step, || super::install::committed_linears(shared, step)),
         }
     }
 

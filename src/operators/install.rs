@@ -3,8 +3,9 @@
 use super::at_step_end;
 use super::local::{Local, Shared};
 use super::records::{Committed, Go};
+use super::stages::Held;
+use crate::budget::Grant;
 use crate::error::Result;
-use crate::model::Linear;
 use crate::numerics::QuantizedWeight;
 use crate::plan::PlannedLinear;
 use std::rc::Rc;
@@ -25,11 +26,12 @@ pub fn install<'scope>(
         local,
         move |step, mut committed: Vec<Committed>| {
             committed.sort_by_key(|linear| linear.linear);
-            shared.stages.quantized(step, &shared.plan, &shared.tower, || {
-                let planned = shared.plan.step_linears(step).iter();
-                let pairs = planned.zip(&committed);
+            shared.stages.quantized(step, || {
+                let pairs = shared.plan.step_linears(step).iter().zip(committed);
                 pairs
-                    .map(|(linear, committed)| installed(&shared, linear, committed.quantized.as_deref()))
+                    .map(|(linear, Committed { quantized, bytes, .. })| {
+                        installed(&shared, linear, quantized, bytes)
+                    })
                     .collect()
             })?;
             Ok(if step + 1 < shared.plan.steps() {
@@ -42,7 +44,7 @@ pub fn install<'scope>(
 }
 
 /// A step's linears as the quantized model has them, read back from the output.
-pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
+pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Held>> {
     let plan = &shared.plan;
     let config = plan.format.quantization_config(&plan.layouts());
     let writer = shared.output.writer()?;
@@ -53,22 +55,27 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Linear>> {
     let linears = plan.step_linears(step).iter();
     linears
         .map(|linear| {
-            let codes = plan.code_bytes(linear, linear.rows) + plan.packed_bytes(linear);
-            let _codes = shared.budget.take("codes", codes)?;
+            let _packed = (shared.budget).take("packed tensors", plan.packed_bytes(linear))?;
+            let codes = (shared.budget).take("codes", plan.code_bytes(linear, linear.rows))?;
             let weight = linear
                 .grid
                 .map(|_| plan.format.unpack(&linear.name, &config, &read))
                 .transpose()?;
-            installed(shared, linear, weight.as_ref())
+            installed(shared, linear, weight.map(Arc::new), codes)
         })
         .collect()
 }
 
 /// `None` keeps the original weight.
-fn installed(shared: &Shared, linear: &PlannedLinear, weight: Option<&QuantizedWeight>) -> Result<Linear> {
-    let tower = &shared.tower;
+fn installed(
+    shared: &Shared,
+    linear: &PlannedLinear,
+    weight: Option<Arc<QuantizedWeight>>,
+    codes: Grant,
+) -> Result<Held> {
+    let (stages, plan, tower) = (&shared.stages, &shared.plan, &shared.tower);
     match weight {
-        None => tower.linear(linear.block, &linear.spec),
-        Some(weight) => tower.quantized_linear(linear.block, &linear.spec, weight),
+        None => stages.load(linear, plan, tower),
+        Some(weight) => stages.install(linear, weight, codes, plan, tower),
     }
 }

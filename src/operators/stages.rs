@@ -4,7 +4,8 @@
 use crate::budget::{Budget, Grant};
 use crate::error::{Error, Result};
 use crate::model::{Block, Linear, Rotary, Tower};
-use crate::plan::Plan;
+use crate::numerics::QuantizedWeight;
+use crate::plan::{Plan, PlannedLinear};
 use crate::report::release_free_memory;
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -52,12 +53,21 @@ impl<T> Shelf<T> {
     }
 }
 
+/// A linear, and its bytes in memory for as long as it is held.
+pub type Held = (Linear, Grant);
+
 /// The linears of a step.
 #[derive(Debug)]
 pub struct Weights {
     linears: Vec<Linear>,
-    /// Of what they take in memory.
-    _bytes: Grant,
+    _bytes: Vec<Grant>,
+}
+
+impl From<Vec<Held>> for Weights {
+    fn from(held: Vec<Held>) -> Self {
+        let (linears, _bytes) = held.into_iter().unzip();
+        Self { linears, _bytes }
+    }
 }
 
 impl Deref for Weights {
@@ -88,46 +98,42 @@ impl Stages {
         }
     }
 
-    /// The original linears of a step, in f32.
+    /// The original linears of a step.
     pub fn original(&self, step: u64, plan: &Plan, tower: &Tower) -> Result<Arc<Weights>> {
         self.original.get(step, STEPS_KEPT, || {
-            self.weights(step, plan, tower, || {
-                let linears = plan.step_linears(step).iter();
-                linears
-                    .map(|linear| tower.linear(linear.block, &linear.spec))
-                    .collect()
-            })
+            let linears = plan.step_linears(step).iter();
+            let held: Result<Vec<Held>> = linears.map(|linear| self.load(linear, plan, tower)).collect();
+            Ok(held?.into())
         })
+    }
+
+    /// An original linear.
+    pub fn load(&self, linear: &PlannedLinear, plan: &Plan, tower: &Tower) -> Result<Held> {
+        let bytes = self.budget.take("weights", plan.original_bytes(linear))?;
+        let loaded = tower.linear(linear.block, &linear.spec)?;
+        Ok((loaded, kept(bytes, tower)))
+    }
+
+    /// A quantized linear; `codes` are the bytes of its codes.
+    pub fn install(
+        &self,
+        linear: &PlannedLinear,
+        weight: Arc<QuantizedWeight>,
+        codes: Grant,
+        plan: &Plan,
+        tower: &Tower,
+    ) -> Result<Held> {
+        let _on_its_way = match tower.placement().on_device {
+            true => self.budget.take("weights", plan.original_bytes(linear))?,
+            false => Grant::default(),
+        };
+        let quantized = tower.quantized_linear(linear.block, &linear.spec, weight)?;
+        Ok((quantized, kept(codes, tower)))
     }
 
     /// The linears of a step as the quantized model has them; `load` makes them for the first worker that asks.
-    pub fn quantized(
-        &self,
-        step: u64,
-        plan: &Plan,
-        tower: &Tower,
-        load: impl FnOnce() -> Result<Vec<Linear>>,
-    ) -> Result<Arc<Weights>> {
-        self.quantized
-            .get(step, STEPS_KEPT, || self.weights(step, plan, tower, load))
-    }
-
-    fn weights(
-        &self,
-        step: u64,
-        plan: &Plan,
-        tower: &Tower,
-        load: impl FnOnce() -> Result<Vec<Linear>>,
-    ) -> Result<Weights> {
-        let bytes = self.budget.take("weights", plan.weight_bytes(step))?;
-        Ok(Weights {
-            linears: load()?,
-            // On a device they have left the memory.
-            _bytes: match tower.placement().on_device {
-                true => Grant::default(),
-                false => bytes,
-            },
-        })
+    pub fn quantized(&self, step: u64, load: impl FnOnce() -> Result<Vec<Held>>) -> Result<Arc<Weights>> {
+        self.quantized.get(step, STEPS_KEPT, || Ok(load()?.into()))
     }
 
     /// Drops the weights of a step that every batch has passed, and gives the memory back.
@@ -146,5 +152,13 @@ impl Stages {
     pub fn block(&self, block: usize, tower: &Tower, rotary: &[Arc<Rotary>]) -> Result<Arc<Block>> {
         self.blocks
             .get(block as u64, STEPS_KEPT, || tower.block(block, rotary))
+    }
+}
+
+/// What a linear holds of `bytes`: those on a device have left the memory.
+fn kept(bytes: Grant, tower: &Tower) -> Grant {
+    match tower.placement().on_device {
+        true => Grant::default(),
+        false => bytes,
     }
 }

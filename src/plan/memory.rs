@@ -1,30 +1,18 @@
 //! Predicted bytes of a run: what each step holds in each of its phases, which steps keep their matrices in scratch files so that the
 //! budget is kept, and what is left for activations.
 
-use super::{CHUNK_ROWS, Plan, PlannedLinear};
-use crate::device::solver::rows_at_a_time;
-use crate::device::sums::PANEL_ROWS as DEVICE_PANEL_ROWS;
+use super::{Plan, PlannedLinear};
 use crate::error::{Error, Result};
-use crate::numerics::Grid;
+
 use crate::numerics::factor::PANELS_HELD;
-use crate::numerics::panels::{PANEL_ROWS, Shape};
+use crate::numerics::panels::Shape;
 use std::ops::Range;
 
-/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
-const BASE_BYTES: u64 = 64 << 20;
 /// Activations that stay in memory where `--memory` does not say: the rest goes to the scratch file, which the page cache serves.
 const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
 /// What a run may take for the sake of larger groups of experts where `--memory` does not say: enough that the groups of a layer are
 /// few, little beside what a mixture of experts needs to run at all.
 const GROUP_BYTES: u64 = 1 << 30;
-
-/// Context, cuBLAS and cuSOLVER workspaces, kernels.
-const DEVICE_BASE_BYTES: u64 = 768 << 20;
-/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, those of the refinement, temporaries.
-const DEVICE_SOLVER_MATRICES: u64 = 12;
-
-/// Scale and zero point of a group, in memory.
-const GROUP_BYTES_KEPT: usize = 5;
 
 /// Which graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +100,7 @@ impl Plan {
     fn peak_in_memory(&self, load: &Load) -> u64 {
         let spilled = vec![false; self.steps.len()];
         let peaks = (0..self.steps()).map(|step| self.peak(load, step, &spilled));
-        peaks.max().unwrap_or(BASE_BYTES)
+        peaks.max().unwrap_or(self.process_bytes())
     }
 
     /// Fits `load` into `memory`, the budget, or else into what the machine has `available`: large matrices go to scratch files where
@@ -132,17 +120,17 @@ impl Plan {
                 let Some(largest) = (bytes > limit).then(|| candidates.pop()).flatten() else {
                     break;
                 };
-                spilled[largest as usize] = true;
+                self.set_spilled(&mut spilled, largest, true);
                 // Of a narrow matrix the panels that a kernel holds are as much as all.
                 if self.peak(load, step, &spilled) >= bytes {
-                    spilled[largest as usize] = false;
+                    self.set_spilled(&mut spilled, largest, false);
                 }
             }
         }
         let fixed = (0..self.steps())
             .map(|step| self.peak(load, step, &spilled))
             .max()
-            .unwrap_or(BASE_BYTES);
+            .unwrap_or(self.process_bytes());
         if fixed > limit {
             let budget = match memory {
                 Some(_) => format!("{limit} bytes do not"),
@@ -180,37 +168,6 @@ impl Plan {
         })
     }
 
-    /// Fits what is on the device into `memory` bytes there; activations have what the largest step leaves.
-    ///
-    /// # Errors
-    /// They hold no step.
-    pub fn fit_device(&self, fit: Fit, load: &Load, memory: u64) -> Result<Fit> {
-        let Some(weight_bytes) = self.device_weight_bytes else {
-            return Ok(fit);
-        };
-        let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
-        let fixed = DEVICE_BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
-        if fixed > memory {
-            return Err(Error::usage(
-                "--device-memory",
-                format!("{memory} bytes do not hold one step of this model"),
-                format!("the smallest budget that would is {fixed} bytes; --device cpu needs none"),
-            ));
-        }
-        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
-        let on_device = activations.min(memory - fixed);
-        let elsewhere = activations - on_device;
-        let resident = fit.resident_activation_bytes.min(elsewhere);
-        Ok(Fit {
-            peak_device_bytes: fixed + on_device,
-            device_activation_bytes: on_device,
-            peak_host_bytes: fit.peak_host_bytes - fit.resident_activation_bytes + resident,
-            resident_activation_bytes: resident,
-            scratch_bytes: elsewhere - resident,
-            ..fit
-        })
-    }
-
     /// Predicted peak of resident bytes of a step, activations aside.
     pub fn step_bytes(&self, load: &Load, fit: &Fit, step: u64) -> u64 {
         self.peak(load, step, &fit.spilled)
@@ -218,14 +175,36 @@ impl Plan {
 
     /// The steps whose matrices are there at the same time as those of `step`, itself among them.
     fn beside(&self, graph: Graph, step: u64) -> Vec<u64> {
+        let own = self.lead(step);
         match graph {
-            Graph::Sequential => self.shared_input(step).into_iter().chain([step]).collect(),
-            Graph::Statistics { .. } => vec![step],
+            Graph::Sequential => self.shared_input(step).into_iter().chain([own]).collect(),
+            Graph::Statistics { .. } => vec![own],
             Graph::Solve { .. } => {
-                let steps = step..(step + 2).min(self.steps());
-                self.shared_input(step).into_iter().chain(steps).collect()
+                let next = (step + 1 < self.steps()).then(|| self.lead(step + 1));
+                let shared = self.shared_input(step).into_iter();
+                let mut steps: Vec<u64> = shared.chain([own]).chain(next).collect();
+                steps.sort_unstable();
+                steps.dedup();
+                steps
             }
             Graph::DataFree => Vec::new(),
+        }
+    }
+
+    /// The step whose matrices serve `step`: of the parts of a mixture's gate and up the first.
+    fn lead(&self, step: u64) -> u64 {
+        let (block, site) = self.step(step);
+        match self.leads(step) {
+            true => step,
+            false => (self.block_steps(block).find(|other| self.step(*other).1 == site)).unwrap_or(step),
+        }
+    }
+
+    /// Notes where the matrices of `lead` lie, for all steps that they serve.
+    fn set_spilled(&self, spilled: &mut [bool], lead: u64, in_files: bool) {
+        let (block, _) = self.step(lead);
+        for step in self.block_steps(block).filter(|step| self.lead(*step) == lead) {
+            spilled[step as usize] = in_files;
         }
     }
 
@@ -256,121 +235,9 @@ impl Plan {
         self.process_bytes() + bytes
     }
 
-    /// What a run costs before its first weight.
-    pub fn process_bytes(&self) -> u64 {
-        BASE_BYTES + self.reading_bytes
-    }
-
-    /// A step's weights in f32, in memory; where they are on a device, the largest on its way there.
-    pub fn weight_bytes(&self, step: u64) -> u64 {
-        let linears = self.step_linears(step).iter();
-        let bytes = linears.map(|linear| (linear.rows * linear.columns * 4) as u64);
-        match self.device_weight_bytes {
-            None => bytes.sum(),
-            Some(_) => bytes.max().unwrap_or(0),
-        }
-    }
-
-    /// What a batch of so many tokens takes on its way to the inputs of a step, in each of `streams` forward passes, until it is summed.
-    pub fn batch_bytes(&self, step: u64, tokens: usize, streams: usize) -> u64 {
-        let tokens = tokens as u64;
-        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns) as u64;
-        if self.device_weight_bytes.is_some() {
-            return tokens * width * 4;
-        }
-        let before = self.carrying(self.carriers(step));
-        let sites = self.step_sites(step).len() as u64;
-        // What carries a batch here: the outputs of the linears before with a copy that is rotated or gated, their input, the residual;
-        // then what is summed: this site's input with its copies, and a panel of products. Experts run one after the other, but all
-        // their inputs are there at once, at worst those of all tokens.
-        let rows: u64 = match before.first().and_then(PlannedLinear::expert) {
-            None => before.iter().map(|l| l.rows as u64).sum(),
-            Some(_) => before.iter().map(|l| 2 * l.rows as u64).max().unwrap_or(0) + sites * width,
-        };
-        let carried = 3 * rows / 2 + before.first().map_or(0, |l| 3 * l.columns as u64);
-        (tokens * carried).max(tokens * 3 * width + PANEL_ROWS as u64 * width) * 4
-            + tokens * width * 4 * (streams as u64 - 1) * sites
-    }
-
-    /// What a chunk of a linear takes while it is solved.
-    pub fn chunk_bytes(&self, linear: &PlannedLinear) -> u64 {
-        if self.device_weight_bytes.is_some() {
-            return 0;
-        }
-        // Target, codes, sums to the later columns in f64, outputs and the weights as they came in f32, a panel of the factor in f32;
-        // with the refinement, errors and gradient in the place of the latter.
-        let rows = CHUNK_ROWS.min(linear.rows) as u64;
-        let width = linear.columns as u64;
-        rows * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4
-    }
-
-    /// What a kernel has resident of a matrix in scratch files, at a time.
-    pub fn panel_bytes(&self, step: u64) -> u64 {
-        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
-        (PANEL_ROWS.min(width) * width * 8) as u64
-    }
-
-    /// Codes, scales and zero points of `rows` rows of a linear, before they are packed.
-    pub fn code_bytes(&self, linear: &PlannedLinear, rows: usize) -> u64 {
-        let of = |grid: Grid| rows * (linear.columns + linear.columns / grid.group_size * GROUP_BYTES_KEPT);
-        linear.to_solve().map_or(0, of) as u64
-    }
-
-    /// The tensors of a linear in the output's layout.
-    pub fn packed_bytes(&self, linear: &PlannedLinear) -> u64 {
-        match linear.to_solve() {
-            None => 0,
-            Some(_) => self
-                .tensors(linear)
-                .iter()
-                .map(|spec| spec.byte_len() as u64)
-                .sum(),
-        }
-    }
-
     fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
         Needs::new(self, load, step, spilled)
     }
-}
-
-/// Predicted peak of a step's bytes on the device, activations between steps aside: see [`crate::device`].
-fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
-    let recipe = &plan.recipe;
-    let matching = load.streams as u64 - 1;
-    let held_out = u64::from(matches!(load.graph, Graph::Solve { held_out: true }));
-    let weights = |linears: &[PlannedLinear]| -> u64 {
-        let elements = linears.iter().map(|linear| (linear.rows * linear.columns) as u64);
-        elements.sum::<u64>() * weight_bytes
-    };
-    let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
-    let width = linears.first().map_or(0, |linear| linear.columns) as u64;
-    let sites = plan.step_sites(step).len() as u64;
-    let square = width * width * 8;
-    let held = (weights(linears) + weights(before)) * (1 + matching);
-    let (sums, factors) = match load.graph {
-        Graph::DataFree => (0, 0),
-        _ => (
-            sites * square * (1 + matching + held_out),
-            sites
-                * square
-                * (recipe.damp_percent.candidates().len() as u64
-                    + u64::from(recipe.refine_rounds() > 0)
-                    + matching
-                    + held_out),
-        ),
-    };
-    // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
-    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
-    let batch =
-        load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + DEVICE_PANEL_ROWS as u64 * width * 4;
-    let rows = linears
-        .iter()
-        .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
-        .max();
-    let matrices = DEVICE_SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
-    // L in single precision, for the energy.
-    let solve = factors + matrices + square / 2;
-    held + (batch + sums).max(sums + factors).max(solve)
 }
 
 /// Bytes that a step has resident in each of its phases, activations between steps aside.
@@ -413,26 +280,38 @@ impl Needs {
             }
             _ => 0..0,
         };
-        let weights = |steps: Range<u64>| -> u64 { steps.map(|step| plan.weight_bytes(step)).sum() };
-        let own = plan.weight_bytes(step);
+        let original = |linear: &PlannedLinear| plan.original_bytes(linear);
+        let own = plan.held(linears, original);
+        // In the streams that run.
+        let weights = |steps: Range<u64>| {
+            let linears = plan.carrying(steps);
+            let originals = plan.held(linears, original);
+            match load.graph {
+                Graph::Statistics { .. } => originals,
+                _ => plan.held(linears, |linear| plan.quantized_bytes(linear)) + originals * matching,
+            }
+        };
+        // What is installed beside the codes, which are there already; all of it where it goes to a device.
+        let installed = |linear: &PlannedLinear| match (plan.device_weight_bytes, linear.to_solve()) {
+            (None, Some(_)) => 0,
+            _ => original(linear),
+        };
         let code_bytes = |linear: &PlannedLinear| plan.code_bytes(linear, linear.rows);
         let codes: u64 = linears.iter().map(code_bytes).sum();
         let packed: u64 = linears.iter().map(|linear| plan.packed_bytes(linear)).sum();
         // Each worker puts the chunks of a linear together.
         let largest = linears.iter().map(code_bytes).max().unwrap_or(0);
         let together = (workers * largest).min(codes);
-        // A worker may have gone on while another has not yet installed what both were sent.
-        let before = match (load.graph, step.checked_sub(1)) {
-            (Graph::Sequential, Some(before)) if workers > 1 => {
-                plan.step_linears(before).iter().map(code_bytes).sum()
-            }
-            _ => 0,
+        // A run that is continued reads the codes before the step back from the output, when there are no sums yet.
+        let read = |linear: &PlannedLinear| {
+            let passing = match plan.device_weight_bytes {
+                None => 0,
+                Some(_) => code_bytes(linear),
+            };
+            plan.packed_bytes(linear) + passing
         };
-        // A run that is continued reads the weights before the step back from the output, when there are no sums yet.
         let read = match load.graph {
-            Graph::Sequential => (plan.carrying(plan.carriers(step)).iter())
-                .map(|linear| code_bytes(linear) + plan.packed_bytes(linear))
-                .max(),
+            Graph::Sequential => plan.carrying(plan.carriers(step)).iter().map(read).max(),
             _ => None,
         };
         let read = read.unwrap_or(0);
@@ -477,13 +356,17 @@ impl Needs {
             }
             _ => 0,
         };
-        let held = shared + weights(waiting) * (1 + matching);
+        let held = shared + weights(waiting);
         // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
         // while the matrix that it copies from is another; the solver one a worker.
         let panel = plan.panel_bytes(step);
+        let leads = plan.leads(step);
         let (of_sums, of_factor, of_solve) = match in_files(step) {
-            true => (workers * panel, PANELS_HELD * panel, workers * panel),
-            false => (sums, factored, kept),
+            true if leads => (workers * panel, PANELS_HELD * panel, workers * panel),
+            true => (0, 0, workers * panel),
+            false if leads => (sums, factored, kept),
+            // The factor is there already.
+            false => (kept, kept, kept),
         };
         // Where a step has several sites, the first is solved while the others are factored.
         let of_solve = if sites > 1 {
@@ -494,15 +377,12 @@ impl Needs {
         let solve = held + of_solve + own + codes;
         Self {
             sums: of_sums,
-            forward: held
-                + weights(plan.carriers(step)) * (1 + matching)
-                + workers * batch
-                + (before + of_sums).max(read),
+            forward: held + weights(plan.carriers(step)) + workers * batch + of_sums.max(read),
             factor: held + of_factor,
             solve,
             chunks: workers * chunk,
             pack: held + own + codes + together + packed,
-            install: held + codes + own * (1 + matching),
+            install: held + codes + plan.held(linears, installed) + own * matching,
             matrices: sums.max(factored),
         }
     }

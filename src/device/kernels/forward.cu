@@ -5,19 +5,19 @@
 
 HELPER float silu(float x, float slope) { return x / (1.0f + expf(-slope * x)); }
 
-// out = activation(gate) * up: 0 silu, 1 gelu with tanh, 2 gpt-oss's clamped swiglu.
-KERNEL gated(float *out, const float *gate, const float *up, size_t count, int activation, float alpha, float limit) {
+// gate = activation(gate) * up: 0 silu, 1 gelu with tanh, 2 gpt-oss's clamped swiglu.
+KERNEL gated(float *gate, const float *up, size_t count, int activation, float alpha, float limit) {
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   float x = gate[i], u = up[i];
   if (activation == 0) {
-    out[i] = silu(x, 1.0f) * u;
+    gate[i] = silu(x, 1.0f) * u;
   } else if (activation == 1) {
-    out[i] = silu(x, 2.0f * 0.7978845608f * (1.0f + 0.044715f * x * x)) * u;
+    gate[i] = silu(x, 2.0f * 0.7978845608f * (1.0f + 0.044715f * x * x)) * u;
   } else {
     x = x > limit ? limit : x;
     u = u > limit ? limit : u < -limit ? -limit : u;
-    out[i] = silu(x, alpha) * (u + 1.0f);
+    gate[i] = silu(x, alpha) * (u + 1.0f);
   }
 }
 

@@ -1,0 +1,83 @@
+//! Predicted bytes of a run on a device: see [`crate::device`].
+
+use super::{Fit, Graph, Load, Plan, PlannedLinear};
+use crate::device::solver::rows_at_a_time;
+use crate::device::sums::PANEL_ROWS;
+use crate::error::{Error, Result};
+
+/// Context, cuBLAS and cuSOLVER workspaces, kernels.
+const BASE_BYTES: u64 = 768 << 20;
+/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, those of the refinement, temporaries.
+const SOLVER_MATRICES: u64 = 12;
+
+impl Plan {
+    /// Fits what is on the device into `memory` bytes there; activations have what the largest step leaves.
+    ///
+    /// # Errors
+    /// They hold no step.
+    pub fn fit_device(&self, fit: Fit, load: &Load, memory: u64) -> Result<Fit> {
+        let Some(weight_bytes) = self.device_weight_bytes else {
+            return Ok(fit);
+        };
+        let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
+        let fixed = BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
+        if fixed > memory {
+            return Err(Error::usage(
+                "--device-memory",
+                format!("{memory} bytes do not hold one step of this model"),
+                format!("the smallest budget that would is {fixed} bytes; --device cpu needs none"),
+            ));
+        }
+        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
+        let on_device = activations.min(memory - fixed);
+        let elsewhere = activations - on_device;
+        let resident = fit.resident_activation_bytes.min(elsewhere);
+        Ok(Fit {
+            peak_device_bytes: fixed + on_device,
+            device_activation_bytes: on_device,
+            peak_host_bytes: fit.peak_host_bytes - fit.resident_activation_bytes + resident,
+            resident_activation_bytes: resident,
+            scratch_bytes: elsewhere - resident,
+            ..fit
+        })
+    }
+}
+
+/// Predicted peak of a step's bytes on the device, activations between steps aside.
+fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
+    let recipe = &plan.recipe;
+    let matching = load.streams as u64 - 1;
+    let held_out = u64::from(matches!(load.graph, Graph::Solve { held_out: true }));
+    let weights = |linears: &[PlannedLinear]| -> u64 {
+        let elements = linears.iter().map(|linear| (linear.rows * linear.columns) as u64);
+        elements.sum::<u64>() * weight_bytes
+    };
+    let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
+    let width = linears.first().map_or(0, |linear| linear.columns) as u64;
+    let sites = plan.step_sites(step).len() as u64;
+    let square = width * width * 8;
+    let held = (weights(linears) + weights(before)) * (1 + matching);
+    let (sums, factors) = match load.graph {
+        Graph::DataFree => (0, 0),
+        _ => (
+            sites * square * (1 + matching + held_out),
+            sites
+                * square
+                * (recipe.damp_percent.candidates().len() as u64
+                    + u64::from(recipe.refine_rounds() > 0)
+                    + matching
+                    + held_out),
+        ),
+    };
+    // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
+    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
+    let batch = load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + PANEL_ROWS as u64 * width * 4;
+    let rows = linears
+        .iter()
+        .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
+        .max();
+    let matrices = SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
+    // L in single precision, for the energy.
+    let solve = factors + matrices + square / 2;
+    held + (batch + sums).max(sums + factors).max(solve)
+}
