@@ -227,7 +227,6 @@ fn sense(
     halt: &Arc<Halt>,
 ) -> Result<(Sensitivity, u64)> {
     let (plan, units) = (model.plan, model.units);
-    quantize::expect_own_folder(job)?;
     let work = job.output.join(WORK_FOLDER).join("allocation");
     let kept = work.join(SENSITIVITY);
     let ids: Vec<ContentId> = windows.batches.iter().map(|batch| batch.id).collect();
@@ -239,6 +238,7 @@ fn sense(
     }
     // It may be refused: before anything is done.
     let fit = fit(job, model, windows)?;
+    quantize::expect_own_folder(job)?;
     storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
     let mut recipe = job.recipe.clone();

@@ -97,7 +97,7 @@ where
     let _taken = (
         budget.take(
             "the program and the source's readers",
-            shared.plan.process_bytes(),
+            shared.plan.process_bytes(workers),
         )?,
         budget.take("activations", shared.fit.resident_activation_bytes)?,
     );

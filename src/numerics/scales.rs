@@ -150,27 +150,19 @@ impl Lanes {
     }
 }
 
-/// The codes of a chunk `[columns, lanes]` in original order, with their scales, as a row-major [`QuantizedWeight`].
-pub fn assemble(codes: &[f64], lanes: usize, scales: &Scales, grid: Grid) -> QuantizedWeight {
-    let columns = codes.len() / lanes;
-    let transpose = |values: &[f64]| -> Vec<f64> {
-        let rows = values.len() / lanes;
-        (0..lanes)
-            .flat_map(|lane| (0..rows).map(move |row| values[row * lanes + lane]))
-            .collect()
-    };
-    QuantizedWeight {
-        grid,
-        rows: lanes,
-        columns,
-        codes: transpose(codes).into_iter().map(|code| code as u8).collect(),
-        scales: transpose(&scales.scale)
-            .into_iter()
-            .map(|scale| scale as f32)
-            .collect(),
-        zeros: transpose(&scales.zero)
-            .into_iter()
-            .map(|zero| zero as u8)
-            .collect(),
+/// Puts the codes of a chunk, `[columns, lanes]` in original order, and their scales into `weight`, which has their sides.
+pub(super) fn assemble(weight: &mut QuantizedWeight, codes: &[f64], scales: &Scales) {
+    transpose(codes, &mut weight.codes, weight.rows, |code| code as u8);
+    transpose(&scales.scale, &mut weight.scales, weight.rows, |scale| {
+        scale as f32
+    });
+    transpose(&scales.zero, &mut weight.zeros, weight.rows, |zero| zero as u8);
+}
+
+/// `[rows, lanes]` → `[lanes, rows]`
+fn transpose<T>(from: &[f64], to: &mut [T], lanes: usize, narrow: impl Fn(f64) -> T) {
+    for (lane, to) in to.chunks_exact_mut(from.len() / lanes).enumerate() {
+        let from = from[lane..].iter().step_by(lanes);
+        to.iter_mut().zip(from).for_each(|(to, &from)| *to = narrow(from));
     }
 }

@@ -5,13 +5,21 @@ use crate::model::{SiteKind, panel_rows};
 use crate::numerics::panels::PANEL_ROWS;
 use crate::numerics::{Grid, QuantizedWeight};
 
-/// Process, tokenizer, allocator slack: what a run costs before its first tensor.
-const BASE_BYTES: u64 = 64 << 20;
+/// The program, and what the allocator keeps.
+const BASE_BYTES: u64 = 24 << 20;
+/// A worker's thread: its stack, its share of the allocator, and what its products are packed into.
+const WORKER_BYTES: u64 = 12 << 20;
+/// Names, shapes and places of a linear's tensors, in the source, in the plan and in the output.
+const LINEAR_BYTES: u64 = 2 << 10;
+/// Of a chunk that is moved toward the original or refined, so many are there: temporaries have several sizes, and the allocator keeps
+/// holes of those that went. Measured (benches/memory.py).
+const CHUNK_COPIES: u64 = 2;
 
 impl Plan {
-    /// What a run costs before its first weight.
-    pub fn process_bytes(&self) -> u64 {
-        BASE_BYTES + self.reading_bytes
+    /// What a run of so many workers costs before its first weight.
+    pub fn process_bytes(&self, workers: usize) -> u64 {
+        let linears = self.linears.len() as u64 * LINEAR_BYTES;
+        BASE_BYTES + workers as u64 * WORKER_BYTES + linears + self.reading_bytes
     }
 
     /// A linear's original weight, in memory; where weights are on a device, that on its way there.
@@ -84,7 +92,11 @@ impl Plan {
         // with the refinement, errors and gradient in the place of the latter.
         let rows = CHUNK_ROWS.min(linear.rows) as u64;
         let width = linear.columns as u64;
-        rows * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4
+        let once = rows * width * (3 * 8 + 2 * 4) + PANEL_ROWS as u64 * width * 4;
+        match self.recipe.match_original == 0.0 && self.recipe.refine_rounds() == 0 {
+            true => once,
+            false => CHUNK_COPIES * once,
+        }
     }
 
     /// What a kernel has resident of a matrix in scratch files, at a time.

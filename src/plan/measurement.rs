@@ -58,7 +58,7 @@ impl Plan {
         let residual = (load.batch_tokens * spec.block.hidden_size * 4) as u64;
         let forward = batch.max().unwrap_or(0) + experts + RESIDUALS * residual;
         let scored = RESIDUALS * residual + LOGITS_COPIES * LOGITS_BYTES as u64 + HEAD_BYTES;
-        let fixed = self.process_bytes() + blocks + workers * forward.max(scored);
+        let fixed = self.process_bytes(load.workers) + blocks + workers * forward.max(scored);
         let limit = memory.unwrap_or(available);
         let Some(free) = limit.checked_sub(fixed) else {
             return Err(Error::usage(

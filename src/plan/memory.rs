@@ -100,7 +100,7 @@ impl Plan {
     fn peak_in_memory(&self, load: &Load) -> u64 {
         let spilled = vec![false; self.steps.len()];
         let peaks = (0..self.steps()).map(|step| self.peak(load, step, &spilled));
-        peaks.max().unwrap_or(self.process_bytes())
+        peaks.max().unwrap_or(self.process_bytes(load.workers))
     }
 
     /// Fits `load` into `memory`, the budget, or else into what the machine has `available`: large matrices go to scratch files where
@@ -130,7 +130,7 @@ impl Plan {
         let fixed = (0..self.steps())
             .map(|step| self.peak(load, step, &spilled))
             .max()
-            .unwrap_or(self.process_bytes());
+            .unwrap_or(self.process_bytes(load.workers));
         if fixed > limit {
             let budget = match memory {
                 Some(_) => format!("{limit} bytes do not"),
@@ -232,7 +232,7 @@ impl Plan {
                 own.solve.max(own.pack) + beside + own.chunks.max(chunks)
             }
         };
-        self.process_bytes() + bytes
+        self.process_bytes(load.workers) + bytes
     }
 
     fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
