@@ -11,8 +11,8 @@ const BASE_BYTES: u64 = 24 << 20;
 const WORKER_BYTES: u64 = 12 << 20;
 /// Names, shapes and places of a linear's tensors, in the source, in the plan and in the output.
 const LINEAR_BYTES: u64 = 2 << 10;
-/// Of a chunk that is moved toward the original or refined, so many are there: temporaries have several sizes, and the allocator keeps
-/// holes of those that went. Measured (benches/memory.py).
+/// A chunk that is moved toward the original or refined counts so often: its temporaries have several sizes, and the allocator keeps holes of
+/// those that went. Measured (benches/memory.py).
 const CHUNK_COPIES: u64 = 2;
 
 impl Plan {

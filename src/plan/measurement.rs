@@ -6,10 +6,10 @@ use crate::model::Tower;
 
 /// Logits of one model at a time in f32, in each worker. Whatever the budget: other shapes are multiplied in another order.
 pub const LOGITS_BYTES: usize = 32 << 20;
-/// Residuals that stay in memory, over all workers, where the budget does not say; the rest is in a scratch file.
-const RESIDENT_BYTES: u64 = 256 << 20;
 /// Copies of them: the reference's, and of the other's the panels, the whole, and what is compared.
 const LOGITS_COPIES: u64 = 4;
+/// Residuals that stay in memory, over all workers, where the budget does not say; the rest is in a scratch file.
+const RESIDENT_BYTES: u64 = 256 << 20;
 /// Of the head, in f32 at a time.
 const HEAD_BYTES: u64 = 16 << 20;
 /// Residuals of a window at a time: the original's, a part's, and the block's output.
