@@ -13,12 +13,12 @@ use super::sensitivity::{Measurement, measure};
 use super::{predict, resolve};
 use crate::allocation::{self, Measured, Sensitivity, Unit};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Batch, Calibration, ContentId};
+use crate::calibration::{self, Calibration, ContentId};
 use crate::checkpoint::{hex, read_json};
 use crate::error::{Error, Result};
 use crate::model::Tower;
 use crate::operators::Halt;
-use crate::plan::{Graph, Load, MeasurementFit, Plan};
+use crate::plan::Plan;
 use crate::recipe::{Damping, Method, Recipe};
 use crate::report::{self, Observer, Silent};
 use crate::storage;
@@ -189,9 +189,7 @@ pub fn allocate(
     };
     let widths = allocation::allocate(&units, &sensitivity, wanted.average_bits)?;
     let recipe = allocation::recipe(&plan, &tower, &units, &widths)?;
-    let mut allocation = describe(&model, &widths, wanted, recipe, sensitivity)?;
-    allocation.plan_peak_host_bytes = peak;
-    Ok(allocation)
+    describe(&model, &widths, wanted, recipe, sensitivity, peak)
 }
 
 /// What widths are chosen for.
@@ -199,21 +197,6 @@ struct Model<'a> {
     tower: &'a Tower,
     plan: &'a Plan,
     units: &'a [Unit],
-}
-
-/// How the measurement fits into the job's memory.
-fn fit(job: &Job, model: &Model<'_>, windows: &Calibration) -> Result<MeasurementFit> {
-    let tokens = |batch: &Batch| batch.tokens.len();
-    let load = Load {
-        graph: Graph::DataFree,
-        workers: job.workers,
-        batch_tokens: windows.batches.iter().map(tokens).max().unwrap_or(0),
-        tokens: windows.batches.iter().map(tokens).sum(),
-        streams: 1 + model.units.iter().filter(|unit| unit.widths.len() > 1).count(),
-    };
-    model
-        .plan
-        .fit_measurement(model.tower, &load, job.memory, report::available_host_bytes())
 }
 
 /// Predicts, solves at one width into the work folder, and measures each unit that has a choice. What an unfinished run of the same
@@ -237,7 +220,9 @@ fn sense(
         }
     }
     // It may be refused: before anything is done.
-    let fit = fit(job, model, windows)?;
+    let streams = 1 + units.iter().filter(|unit| unit.widths.len() > 1).count();
+    let available = report::available_host_bytes();
+    let fit = plan.fit_measurement(model.tower, windows, streams, job.workers, job.memory, available)?;
     quantize::expect_own_folder(job)?;
     storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
@@ -358,6 +343,7 @@ fn describe(
     wanted: &Wanted,
     recipe: Recipe,
     sensitivity: Sensitivity,
+    plan_peak_host_bytes: u64,
 ) -> Result<Allocation> {
     let Model { tower, plan, units } = *model;
     let chosen = Plan::new(recipe.clone(), tower)?;
@@ -386,7 +372,7 @@ fn describe(
         effective_bits: allocation::effective_bits(&chosen),
         probe_bits: sensitivity.probe_bits,
         positions: sensitivity.positions,
-        plan_peak_host_bytes: 0,
+        plan_peak_host_bytes,
         predicted_kl: rows.iter().map(|row| row.predicted_kl).sum(),
         units: rows,
         recipe,

@@ -20,8 +20,7 @@ use quantflow::pipelines::sensitivity::{Measurement, measure};
 use quantflow::pipelines::statistics::{self, Change, update};
 use quantflow::pipelines::sweep::{Sweep, sweep};
 use quantflow::pipelines::verify::verify;
-use quantflow::plan::MeasurementFit;
-use quantflow::plan::Plan;
+use quantflow::plan::{MeasurementFit, Plan};
 use quantflow::recipe::{BITS, Method, Recipe, Scheme};
 use quantflow::report::{Observer, Silent};
 use quantflow::storage;
@@ -501,7 +500,7 @@ fn an_average_gives_the_same_checkpoint_however_it_is_run() {
         "{widths:?}"
     );
     assert!((chosen.effective_bits - chosen.average_bits - 16.0 / 64.0).abs() < 1e-9);
-    // In no more memory than is refused.
+    // In the smallest memory, which the refusal of less names.
     let tight = |memory: u64| {
         let job = Job {
             memory: Some(memory),

@@ -55,7 +55,7 @@ fn grid(bits: u32, group_size: usize, symmetric: bool, scale_dtype: ScaleDtype) 
 }
 
 /// A weight with codes and zero points over the whole range.
-fn weight(grid: Grid, rows: usize, columns: usize, seed: u32) -> QuantizedWeight {
+pub(crate) fn weight(grid: Grid, rows: usize, columns: usize, seed: u32) -> QuantizedWeight {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;

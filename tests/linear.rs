@@ -1,11 +1,12 @@
 //! Linears whose weights are held as narrow as they are stored, against the definition in f64.
 
+use crate::formats;
 use crate::reference::random;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use quantflow::model::{Linear, Tower, Weight, panel_rows};
 use quantflow::numerics::fp8::{Float8Matrix, e4m3};
-use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype};
+use quantflow::numerics::{Grid, ScaleDtype};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,30 +18,18 @@ fn weight(kind: usize, rows: usize, columns: usize, seed: u64) -> (Weight, Vec<f
     let mut random = random(seed);
     let cpu = &Device::Cpu;
     if kind == 2 {
-        let mut code = || (random() * 1e6).abs() as u32 % 16;
-        let mut codes = |count: usize| (0..count).map(|_| code() as u8).collect::<Vec<u8>>();
-        let group_size = columns / 2;
         let grid = Grid {
             bits: 4,
-            group_size,
+            group_size: columns / 2,
             symmetric: false,
             scale_dtype: ScaleDtype::F32,
         };
-        let (codes, zeros) = (codes(rows * columns), codes(rows * 2));
-        let scales: Vec<f32> = (0..rows * 2).map(|i| 0.01 + 0.001 * (i % 7) as f32).collect();
+        let weight = formats::weight(grid, rows, columns, seed as u32);
         let value = |i: usize| {
-            let group = i / group_size;
-            (f32::from(codes[i]) - f32::from(zeros[group])) * scales[group]
+            let group = i / grid.group_size;
+            (f32::from(weight.codes[i]) - f32::from(weight.zeros[group])) * weight.scales[group]
         };
-        let values = (0..codes.len()).map(value).collect();
-        let weight = QuantizedWeight {
-            grid,
-            rows,
-            columns,
-            codes,
-            scales,
-            zeros,
-        };
+        let values = (0..rows * columns).map(value).collect();
         return (Weight::Codes(Arc::new(weight)), values);
     }
     if kind == 3 {

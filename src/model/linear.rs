@@ -4,10 +4,10 @@
 
 use crate::device::matrix::product;
 use crate::numerics::QuantizedWeight;
-use crate::numerics::elementwise::{widen_bf16, widen_f16};
 use crate::numerics::fp8::Float8Matrix;
 use crate::numerics::gemm::{self, View, ViewMut};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor};
+use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -94,8 +94,8 @@ impl Weight {
             candle_core::bail!("weights are not contiguous");
         };
         match &*storage {
-            Storage::Cpu(CpuStorage::BF16(all)) => widen_bf16(&all[begin..end], values),
-            Storage::Cpu(CpuStorage::F16(all)) => widen_f16(&all[begin..end], values),
+            Storage::Cpu(CpuStorage::BF16(all)) => all[begin..end].convert_to_f32_slice(values),
+            Storage::Cpu(CpuStorage::F16(all)) => all[begin..end].convert_to_f32_slice(values),
             _ => candle_core::bail!("weights are not 16-bit floats in the CPU's memory"),
         }
         Ok(())

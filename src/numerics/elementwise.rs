@@ -2,30 +2,6 @@
 //! which picks the widest instructions of the machine at run time.
 
 use super::simd::vectorized;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
-
-/// The same values in f32.
-///
-/// # Panics
-/// The lengths differ.
-pub fn widen_bf16(halves: &[bf16], values: &mut [f32]) {
-    assert_eq!(halves.len(), values.len());
-    vectorized!({
-        for (value, half) in values.iter_mut().zip(halves) {
-            // Its bits are the upper half of those of the same number in f32.
-            *value = f32::from_bits(u32::from(half.to_bits()) << 16);
-        }
-    });
-}
-
-/// The same values in f32.
-///
-/// # Panics
-/// The lengths differ.
-pub fn widen_f16(halves: &[f16], values: &mut [f32]) {
-    halves.convert_to_f32_slice(values);
-}
 
 /// e^x in f32: Cody–Waite reduction and a degree-6 polynomial, within 2 ulp over the range where the result is normal;
 /// below -87.3 the result is 0 to within the smallest normal number, above 88.3 it saturates near the largest finite one.

@@ -95,19 +95,6 @@ impl QuantizedWeight {
     /// Bytes of a group's scale and zero point.
     pub const GROUP_BYTES: usize = size_of::<f32>() + size_of::<u8>();
 
-    /// All codes, scales and zero points 0, to be filled.
-    pub(super) fn blank(grid: Grid, rows: usize, columns: usize) -> Self {
-        let groups = rows * columns / grid.group_size;
-        Self {
-            grid,
-            rows,
-            columns,
-            codes: vec![0; rows * columns],
-            scales: vec![0.0; groups],
-            zeros: vec![0; groups],
-        }
-    }
-
     /// Groups in a row.
     pub fn groups(&self) -> usize {
         self.columns / self.grid.group_size

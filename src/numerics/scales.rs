@@ -150,19 +150,23 @@ impl Lanes {
     }
 }
 
-/// Puts the codes of a chunk, `[columns, lanes]` in original order, and their scales into `weight`, which has their sides.
-pub(super) fn assemble(weight: &mut QuantizedWeight, codes: &[f64], scales: &Scales) {
-    transpose(codes, &mut weight.codes, weight.rows, |code| code as u8);
-    transpose(&scales.scale, &mut weight.scales, weight.rows, |scale| {
-        scale as f32
-    });
-    transpose(&scales.zero, &mut weight.zeros, weight.rows, |zero| zero as u8);
+/// The codes of a chunk `[columns, lanes]` in original order, with their scales, as a row-major [`QuantizedWeight`].
+pub fn assemble(codes: &[f64], lanes: usize, scales: &Scales, grid: Grid) -> QuantizedWeight {
+    QuantizedWeight {
+        grid,
+        rows: lanes,
+        columns: codes.len() / lanes,
+        codes: transposed(codes, lanes, |code| code as u8),
+        scales: transposed(&scales.scale, lanes, |scale| scale as f32),
+        zeros: transposed(&scales.zero, lanes, |zero| zero as u8),
+    }
 }
 
 /// `[rows, lanes]` → `[lanes, rows]`
-fn transpose<T>(from: &[f64], to: &mut [T], lanes: usize, narrow: impl Fn(f64) -> T) {
-    for (lane, to) in to.chunks_exact_mut(from.len() / lanes).enumerate() {
-        let from = from[lane..].iter().step_by(lanes);
-        to.iter_mut().zip(from).for_each(|(to, &from)| *to = narrow(from));
+fn transposed<T>(values: &[f64], lanes: usize, narrow: impl Fn(f64) -> T) -> Vec<T> {
+    let mut out = Vec::with_capacity(values.len());
+    for lane in 0..lanes {
+        out.extend(values[lane..].iter().step_by(lanes).map(|&value| narrow(value)));
     }
+    out
 }

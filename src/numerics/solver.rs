@@ -40,7 +40,6 @@ pub struct SolvedRows {
 /// Rounds `weights` (`[rows, columns]`, row-major) to nearest on searched scales; no statistics.
 pub fn round_to_nearest(weights: &[f32], columns: usize, grid: Grid) -> SolvedRows {
     let lanes = weights.len() / columns;
-    let mut weight = QuantizedWeight::blank(grid, lanes, columns);
     let target = transposed(weights, columns);
     let scales = search(&target, lanes, &vec![1.0; columns], grid);
     let mut codes = vec![0.0; target.len()];
@@ -61,9 +60,8 @@ pub fn round_to_nearest(weights: &[f32], columns: usize, grid: Grid) -> SolvedRo
             energy += w * w;
         }
     }
-    assemble(&mut weight, &codes, &scales);
     SolvedRows {
-        weight,
+        weight: assemble(&codes, lanes, &scales, grid),
         error,
         energy,
         clipped,
@@ -80,8 +78,6 @@ pub fn round_to_nearest(weights: &[f32], columns: usize, grid: Grid) -> SolvedRo
 pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) -> SolvedRows {
     let width = factor.width();
     let lanes = weights.len() / width;
-    // What stays is allocated before what goes, so that it lies in no hole of the next chunk's.
-    let mut weight = QuantizedWeight::blank(grid, lanes, width);
     let target = factor.target(&transposed(weights, width), options.match_original);
     let mut scales = search(&target, lanes, &factor.importance(), grid);
     let mut swept = sweep(&target, lanes, factor, &scales, grid);
@@ -93,9 +89,8 @@ pub fn gptq(weights: &[f32], factor: &Factor, grid: Grid, options: GptqOptions) 
         let rounds = options.refine_rounds;
         swept.error = refine(&target, &mut swept.codes, &mut scales, hessian, grid, rounds);
     }
-    assemble(&mut weight, &swept.codes, &scales);
     SolvedRows {
-        weight,
+        weight: assemble(&swept.codes, lanes, &scales, grid),
         error: swept.error,
         energy: swept.energy,
         clipped: swept.clipped,

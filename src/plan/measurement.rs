@@ -1,6 +1,7 @@
 //! Predicted bytes of a measurement: two models streamed side by side, block by block, and compared by their logits.
 
-use super::{Load, Plan, PlannedLinear};
+use super::{Plan, PlannedLinear};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::model::Tower;
 
@@ -28,19 +29,21 @@ pub struct MeasurementFit {
 
 impl Plan {
     /// Fits a measurement of the model of `tower` beside what this plan makes of it into `memory`, the budget, or else into what the machine
-    /// has `available`. A batch of `load` is a window, its streams are all that are carried, the original's among them.
+    /// has `available`. `streams` are the residuals that are carried of each window, the original's among them.
     ///
     /// # Errors
     /// The budget holds no window even so.
     pub fn fit_measurement(
         &self,
         tower: &Tower,
-        load: &Load,
+        windows: &Calibration,
+        streams: usize,
+        workers: usize,
         memory: Option<u64>,
         available: u64,
     ) -> Result<MeasurementFit> {
-        let spec = &tower.spec;
-        let workers = load.workers as u64;
+        let tokens = windows.batches.iter().map(|batch| batch.tokens.len());
+        let longest = tokens.clone().max().unwrap_or(0);
         let both = |linear: &PlannedLinear| self.original_bytes(linear) + self.quantized_bytes(linear);
         let is_routed = |linear: &&PlannedLinear| linear.expert().is_some();
         // Routed experts are read one at a time, gate and up together.
@@ -54,11 +57,12 @@ impl Plan {
             .map(|blocks| blocks.iter().sum());
         let blocks: u64 = blocks.max().unwrap_or(0);
         let experts = self.linears.iter().filter(is_routed).map(both).max().unwrap_or(0) * 2;
-        let batch = (0..self.steps()).map(|step| self.batch_bytes(step, load.batch_tokens, 1));
-        let residual = (load.batch_tokens * spec.block.hidden_size * 4) as u64;
+        let batch = (0..self.steps()).map(|step| self.batch_bytes(step, longest, 1));
+        let residual_bytes = |tokens: usize| (tokens * tower.spec.block.hidden_size * 4) as u64;
+        let residual = residual_bytes(longest);
         let forward = batch.max().unwrap_or(0) + experts + RESIDUALS * residual;
         let scored = RESIDUALS * residual + LOGITS_COPIES * LOGITS_BYTES as u64 + HEAD_BYTES;
-        let fixed = self.process_bytes(load.workers) + blocks + workers * forward.max(scored);
+        let fixed = self.process_bytes(workers) + blocks + workers as u64 * forward.max(scored);
         let limit = memory.unwrap_or(available);
         let Some(free) = limit.checked_sub(fixed) else {
             return Err(Error::usage(
@@ -71,8 +75,9 @@ impl Plan {
                 ),
             ));
         };
-        let residuals = (load.tokens * load.streams * spec.block.hidden_size * 4) as u64;
-        let resident = RESIDENT_BYTES.min(free).min(residuals);
+        let resident = RESIDENT_BYTES
+            .min(free)
+            .min(residual_bytes(tokens.sum::<usize>() * streams));
         Ok(MeasurementFit {
             peak_host_bytes: fixed + resident,
             resident_bytes: resident as usize,

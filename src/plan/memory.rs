@@ -335,12 +335,16 @@ impl Needs {
         // What is kept of a site's products while it is solved. Refinement reads whole rows of XᵀX, and so does whoever reads it from files.
         let whole = |spilled: bool| refined.max(u64::from(spilled)) * factors.min(1);
         let kept_of = |width: usize, spilled: bool| {
+            if let Graph::Statistics { .. } = load.graph {
+                return 0;
+            }
             let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
             factors * half + whole(spilled) * full + full * matching + half * held_out
         };
         let (half, full) = (elements(Shape::Upper, width), elements(Shape::Full, width));
         let sites = plan.step_sites(step).len() as u64;
-        let summed = if plan.leads(step) { sites } else { 0 };
+        let leads = plan.leads(step);
+        let summed = if leads { sites } else { 0 };
         let sums = summed * (half * (1 + held_out) + full * matching);
         let kept = sites * kept_of(width, in_files(step));
         // A site's XᵀX goes once it is factored.
@@ -351,22 +355,19 @@ impl Needs {
         let factored = kept + half * going;
         // The factor of gate and up, between a mixture's first part and its last.
         let shared = match plan.shared_input(step) {
-            Some(lead) if !matches!(load.graph, Graph::Statistics { .. }) && !in_files(lead) => {
-                kept_of(width_of(lead), false)
-            }
+            Some(lead) if !in_files(lead) => kept_of(width_of(lead), false),
             _ => 0,
         };
         let held = shared + weights(waiting);
         // From files, a kernel has a panel or two at a time: the sums one a worker; the factorization its own and one that it reads,
-        // while the matrix that it copies from is another; the solver one a worker.
+        // while the matrix that it copies from is another; the solver one a worker. A later part of a mixture's gate and up sums nothing
+        // and finds its factor.
         let panel = plan.panel_bytes(step);
-        let leads = plan.leads(step);
-        let (of_sums, of_factor, of_solve) = match in_files(step) {
-            true if leads => (workers * panel, PANELS_HELD * panel, workers * panel),
-            true => (0, 0, workers * panel),
-            false if leads => (sums, factored, kept),
-            // The factor is there already.
-            false => (kept, kept, kept),
+        let (of_sums, of_factor, of_solve) = match (in_files(step), leads) {
+            (true, true) => (workers * panel, PANELS_HELD * panel, workers * panel),
+            (true, false) => (0, 0, workers * panel),
+            (false, true) => (sums, factored, kept),
+            (false, false) => (kept, kept, kept),
         };
         // Where a step has several sites, the first is solved while the others are factored.
         let of_solve = if sites > 1 {
