@@ -20,8 +20,9 @@ use crate::model::Tower;
 use crate::operators::Halt;
 use crate::plan::Plan;
 use crate::recipe::{Damping, Method, Recipe};
-use crate::report::{self, Observer, Silent};
+use crate::report::{Observer, Silent};
 use crate::storage;
+use crate::system;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -221,7 +222,7 @@ fn sense(
     }
     // It may be refused: before anything is done.
     let streams = 1 + units.iter().filter(|unit| unit.widths.len() > 1).count();
-    let available = report::available_host_bytes();
+    let available = system::available_host_bytes();
     let fit = plan.fit_measurement(model.tower, windows, streams, job.workers, job.memory, available)?;
     quantize::expect_own_folder(job)?;
     storage::create_folder(&work)?;

@@ -17,8 +17,9 @@ use crate::operators::gather::gather;
 use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
 use crate::plan::LOGITS_BYTES;
-use crate::report::{self, Observer};
+use crate::report::Observer;
 use crate::storage;
+use crate::system;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -168,7 +169,7 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         .unwrap_or_default();
     let mut scores = summarize(windows)?;
     scores.elapsed_seconds = begin.elapsed().as_secs_f64();
-    scores.peak_host_bytes = report::peak_host_bytes();
+    scores.peak_host_bytes = system::peak_host_bytes();
     Ok(scores)
 }
 

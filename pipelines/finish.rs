@@ -10,6 +10,7 @@ use crate::operators::kept::Solved;
 use crate::operators::local::Output;
 use crate::report::{self, Row};
 use crate::storage;
+use crate::system;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -82,7 +83,7 @@ pub(super) fn finish(
         format: plan.format.name().into(),
         elapsed_seconds: 0.0,
         cpu_seconds: 0.0,
-        peak_host_bytes: report::peak_host_bytes(),
+        peak_host_bytes: system::peak_host_bytes(),
         peak_device_bytes: tower.placement().peak_bytes(),
         plan_peak_host_bytes: 0,
         asked_peak_host_bytes: budget.peak(),

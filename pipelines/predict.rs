@@ -4,24 +4,19 @@
 //! steps ─gated by a probe─► load ─► factor ─broadcast─► predict ─► gather
 //! ```
 
-use super::quantize::{Job, PROBE_TOKENS};
+use super::quantize::Job;
 use super::run::{self, feed};
 use crate::artifact::Artifact;
-use crate::budget::Budget;
-use crate::calibration;
+use crate::calibration::PROBE_TOKENS;
 use crate::error::{Error, Result};
-use crate::operators::accumulate::Sums;
-use crate::operators::experts::ExpertTokens;
 use crate::operators::factor::factor;
 use crate::operators::gather::gather;
 use crate::operators::load::load;
 use crate::operators::local::Output;
 use crate::operators::predict::predict;
 use crate::operators::records::{Go, PredictedChunk};
-use crate::operators::stages::Stages;
-use crate::operators::{Halt, Local, Pass, Shared};
-use crate::plan::CHUNK_ROWS;
-use crate::report::{Clock, Observer};
+use crate::operators::{Halt, Local, Shared};
+use crate::report::Observer;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -70,29 +65,19 @@ pub fn losses(
 ) -> Result<Vec<Vec<f64>>> {
     let (tower, plan) = job.plan()?;
     let fit = job.fit(&plan)?;
-    let linears = plan.linears.iter();
-    let chunks: usize = linears.map(|linear| linear.rows.div_ceil(CHUNK_ROWS)).sum();
-    observer.phase("predict", chunks as u64);
     let linears = plan.linears.len();
-    let budget = Budget::new(fit.limit);
-    let shared = Arc::new(Shared {
-        rotary: tower.rotary(PROBE_TOKENS)?,
-        probe: calibration::probe(tower.spec.vocab_size, PROBE_TOKENS),
-        tower,
-        plan,
-        fit,
-        scratch: job.scratch.as_deref().unwrap_or(work).into(),
-        batches: Vec::new(),
-        pass: Pass::Quantized,
-        sums: Sums::default(),
-        experts: ExpertTokens::default(),
-        stages: Stages::new(Arc::clone(&budget)),
-        budget,
-        output: Output::open(work, "predict")?,
-        observer: Arc::clone(observer),
-        clock: Clock::default(),
-        halt: Arc::clone(halt),
-    });
+    let scratch = job.scratch.as_deref().unwrap_or(work);
+    let output = Output::open(work, "predict")?;
+    let shared = Shared::new(
+        (tower, PROBE_TOKENS),
+        (plan, fit),
+        scratch,
+        output,
+        observer,
+        halt,
+    )?;
+    let shared = Arc::new(shared);
+    shared.begin("predict", 0);
     let gathered = Gathered::default();
     let (artifact, asked, for_workers) = (Arc::clone(artifact), widths.to_vec(), Arc::clone(&gathered));
     run::with_locals(job.workers, &shared, move |worker, local| {

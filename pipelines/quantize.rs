@@ -5,22 +5,19 @@ use super::resolve::{self, Earlier};
 use super::statistics::{self, Change};
 use super::{data_free, run as workers, sequential, solve};
 use crate::artifact::{Artifact, HEADER};
-use crate::budget::Budget;
-use crate::calibration::{self, Calibration, ContentId, Documents, Usage};
+use crate::calibration::{Calibration, ContentId, Documents, PROBE_TOKENS, Usage};
 use crate::checkpoint::{OutputLayout, OutputWriter, hex};
 use crate::device::Placement;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::model::Tower;
-use crate::operators::accumulate::Sums;
-use crate::operators::experts::ExpertTokens;
 use crate::operators::local::Output;
-use crate::operators::stages::Stages;
 use crate::operators::{Halt, Pass, Shared};
 use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
-use crate::report::{self, Clock, Observer};
+use crate::report::{Clock, Observer};
 use crate::storage::{self, FolderLock};
+use crate::system;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -34,8 +31,6 @@ pub const WORK_FOLDER: &str = ".quantflow";
 pub const PROVENANCE: &str = "quantflow.json";
 /// A row a linear.
 pub const REPORT: &str = "quantization_report.jsonl";
-/// Tokens of the probe that fixes the exponents of the sums.
-pub const PROBE_TOKENS: usize = 256;
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -176,9 +171,9 @@ impl Job {
     /// `--memory` or `--device-memory` is less than what the run needs without a single resident activation.
     pub fn fit(&self, plan: &Plan) -> Result<Fit> {
         let load = self.load();
-        let fit = plan.fit(&load, self.memory, report::available_host_bytes())?;
+        let fit = plan.fit(&load, self.memory, system::available_host_bytes())?;
         let available = || self.placement.available_bytes();
-        plan.fit_device(fit, &load, self.device_memory.unwrap_or_else(available))
+        plan.fit_device(fit, self.device_memory.unwrap_or_else(available))
     }
 
     /// Tokens behind the statistics.
@@ -227,7 +222,7 @@ pub(super) fn run(
     observer: &Arc<dyn Observer>,
     halt: &Arc<Halt>,
 ) -> Result<Summary> {
-    let begin = (Instant::now(), report::process_cpu());
+    let begin = (Instant::now(), system::process_cpu());
     let (tower, mut plan) = job.plan()?;
     if job.recipe.method == Method::Gptq && job.calibration.batches.is_empty() && job.statistics.is_none() {
         return Err(Error::usage(
@@ -293,33 +288,20 @@ pub(super) fn run(
     output.writer = Some(OutputWriter::open(&job.output, layout)?);
     let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
     copy_untouched(&tower, &plan, earlier, &output)?;
-    let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
     let length = job.calibration.length_max();
     tower.expect_length(length)?;
-    let budget = Budget::new(fit.limit);
+    let scratch = job.scratch.as_deref().unwrap_or(&work);
     let shared = Arc::new(Shared {
-        rotary: tower.rotary(length.max(PROBE_TOKENS))?,
-        tower,
-        plan,
-        fit,
-        scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches: job.calibration.batches.clone(),
-        pass: match job.load().streams {
+        pass: match fit.load.streams {
             2 => Pass::Both,
             _ => Pass::Quantized,
         },
-        probe,
-        sums: Sums::default(),
-        experts: ExpertTokens::default(),
-        stages: Stages::new(Arc::clone(&budget)),
-        budget,
-        output,
-        observer: Arc::clone(observer),
         clock: match job.placement.on_device {
             true => Clock::wall(),
             false => Clock::default(),
         },
-        halt: Arc::clone(halt),
+        ..Shared::new((tower, length), (plan, fit), scratch, output, observer, halt)?
     });
     if resumed_blocks < shared.plan.blocks() {
         drive(job, &shared)?;
@@ -331,7 +313,7 @@ pub(super) fn run(
     };
     let summary = finish(job, shared, made, |summary| {
         summary.elapsed_seconds = begin.0.elapsed().as_secs_f64();
-        summary.cpu_seconds = (report::process_cpu() - begin.1).as_secs_f64();
+        summary.cpu_seconds = (system::process_cpu() - begin.1).as_secs_f64();
         (summary.plan_peak_host_bytes, summary.plan_peak_device_bytes) = planned;
         summary.resumed_blocks = resumed_blocks;
     })?;
@@ -459,9 +441,8 @@ fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output:
 }
 
 fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
-    let left = shared.plan.steps() - shared.plan.block_steps(shared.output.blocks_done()).start;
-    let units = left * shared.batches.len().max(1) as u64;
-    shared.observer.phase("quantize", units);
+    let first = shared.plan.block_steps(shared.output.blocks_done()).start;
+    shared.begin("quantize", first);
     let order = job
         .arrival
         .clone()

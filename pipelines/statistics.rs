@@ -17,31 +17,30 @@
 //! ```
 //! Only the batches that come or go are run. Sums are integers: what is taken away leaves no trace.
 
-use super::quantize::{PROBE_TOKENS, WORK_FOLDER};
+use super::quantize::WORK_FOLDER;
 use super::run;
 use crate::artifact::{Artifact, FULL_PRECISION, HEADER, Header, Held, Origin};
-use crate::budget::Budget;
-use crate::calibration::{self, Batch, ContentId, Documents, Placed, Tokens, Usage, tokenizer_digest};
+use crate::calibration::{
+    self, Batch, ContentId, Documents, PROBE_TOKENS, Placed, Tokens, Usage, tokenizer_digest,
+};
 use crate::checkpoint::hex;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::memory::Room;
 use crate::model::Tower;
 use crate::numerics;
-use crate::operators::accumulate::Sums;
 use crate::operators::accumulate::accumulate;
 use crate::operators::embed::embed;
-use crate::operators::experts::ExpertTokens;
 use crate::operators::forward::forward;
 use crate::operators::groups::changed_groups;
 use crate::operators::keep::keep;
 use crate::operators::local::Output;
 use crate::operators::replay::replay;
-use crate::operators::stages::Stages;
 use crate::operators::{Halt, Local, Pass, Shared};
 use crate::plan::{Graph, Load, Plan};
-use crate::report::{self, Clock, Observer};
+use crate::report::Observer;
 use crate::storage::{self, FolderLock};
+use crate::system;
 use candle_core::Device;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -166,7 +165,7 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>, work:
 /// Documents that are already held, or are not; another model's artifact; whatever can go wrong on the way. The artifact is then as
 /// it was, and the same job continues where this one stopped.
 pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
-    let begin = (Instant::now(), report::process_cpu());
+    let begin = (Instant::now(), system::process_cpu());
     let tower = Tower::open(&job.model, Device::Cpu)?;
     let mut plan = Plan::for_statistics(&tower, job.all_experts)?;
     let mut artifact = open(job, origin(&tower, job)?)?;
@@ -191,7 +190,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         streams: 1,
     };
     plan.group_experts(job.memory, &load);
-    let fit = plan.fit(&load, job.memory, report::available_host_bytes())?;
+    let fit = plan.fit(&load, job.memory, system::available_host_bytes())?;
     let plan_peak = fit.peak_host_bytes;
     let work = job.folder.join(WORK_FOLDER);
     if job.fresh {
@@ -202,30 +201,14 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let fingerprint = fingerprint(&artifact.header, &batches);
     let output = Output::open(&work, &fingerprint)?;
     let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
-    let probe = calibration::probe(tower.spec.vocab_size, PROBE_TOKENS);
-    let budget = Budget::new(fit.limit);
+    let scratch = job.scratch.as_deref().unwrap_or(&work);
     let shared = Arc::new(Shared {
-        rotary: tower.rotary(length.max(PROBE_TOKENS))?,
-        tower,
-        plan,
-        fit,
-        scratch: job.scratch.as_deref().unwrap_or(&work).into(),
         batches,
         pass: Pass::Original(artifact.header.origin.products()),
-        probe,
-        sums: Sums::default(),
-        experts: ExpertTokens::default(),
-        stages: Stages::new(Arc::clone(&budget)),
-        budget,
-        output,
-        observer: Arc::clone(observer),
-        clock: Clock::default(),
-        halt: Arc::clone(halt),
+        ..Shared::new((tower, length), (plan, fit), scratch, output, observer, halt)?
     });
-    let left =
-        (shared.plan.steps() - shared.plan.block_steps(resumed_blocks).start) as usize * shared.batches.len();
-    if left > 0 {
-        observer.phase("statistics", left as u64);
+    if resumed_blocks < shared.plan.blocks() && !shared.batches.is_empty() {
+        shared.begin("statistics", shared.plan.block_steps(resumed_blocks).start);
         let (base, folder) = (Arc::new(artifact.clone()), work.clone());
         run::with_locals(job.workers, &shared, move |worker, local| {
             build(worker, local, &base, &folder);
@@ -244,8 +227,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         batches_run: shared.batches.len(),
         resumed_blocks,
         elapsed_seconds: begin.0.elapsed().as_secs_f64(),
-        cpu_seconds: (report::process_cpu() - begin.1).as_secs_f64(),
-        peak_host_bytes: report::peak_host_bytes(),
+        cpu_seconds: (system::process_cpu() - begin.1).as_secs_f64(),
+        peak_host_bytes: system::peak_host_bytes(),
         plan_peak_host_bytes: plan_peak,
         asked_peak_host_bytes: shared.budget.peak(),
         calibration: job.documents.usage.clone(),

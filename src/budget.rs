@@ -2,6 +2,7 @@
 //! what will be asked for, so a refusal means that the plan was wrong: the run then stops, before the machine has to stop it.
 
 use crate::error::{Error, Result};
+use crate::system::{release_free_memory, resident_host_bytes};
 use std::sync::{Arc, Mutex};
 
 /// Resident bytes that a run may have, and those that it has.
@@ -24,7 +25,8 @@ impl Budget {
         Arc::new(Self { limit, used })
     }
 
-    /// Takes `bytes`, until the last copy of what is returned goes. `what` they are for is told where there are too few.
+    /// Takes `bytes`, until the last copy of what is returned goes. `what` they are for is told where there are too few. What the allocator
+    /// has kept of memory that went goes back to the system where both would not be within the limit.
     ///
     /// # Errors
     /// Fewer are left.
@@ -43,6 +45,10 @@ impl Budget {
         }
         used.now = now;
         used.peak = used.peak.max(now);
+        drop(used);
+        if resident_host_bytes().saturating_add(bytes) > self.limit {
+            release_free_memory();
+        }
         Ok(Grant(Some(Arc::new(Taken {
             budget: Arc::clone(self),
             bytes,
@@ -98,5 +104,20 @@ mod tests {
         assert!(budget.take("weights", 10).is_ok());
         assert!(budget.take("weights", u64::MAX).is_err());
         assert_eq!(budget.peak(), 10);
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[test]
+    fn what_the_allocator_keeps_goes_before_the_limit_is_passed() {
+        // Too small for mappings of their own, and the last one stays, so that what is free is not at the end.
+        let blocks: Vec<Vec<u8>> = (0..4096).map(|_| vec![1; 64 << 10]).collect();
+        let all: u64 = 256 << 20;
+        let last = blocks.into_iter().next_back();
+        let kept = resident_host_bytes();
+        let within = Budget::new(u64::MAX).take("sums", 1);
+        assert!(resident_host_bytes() + all / 4 > kept, "nothing had to go");
+        let beyond = Budget::new(kept).take("sums", all);
+        assert!(resident_host_bytes() + all / 2 < kept);
+        drop((within, beyond, last));
     }
 }

@@ -21,6 +21,7 @@ pub mod recipe;
 pub mod report;
 pub mod statistics;
 pub mod storage;
+pub mod system;
 
 #[path = "../pipelines/mod.rs"]
 pub mod pipelines;

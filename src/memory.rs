@@ -6,7 +6,7 @@ use crate::budget::{Budget, Grant};
 use crate::error::{IoContext, Result};
 use crate::storage::ScratchMap;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
@@ -41,11 +41,10 @@ impl Room {
             Self::Scratch(folder) => Place::Scratch(ScratchMap::create(folder, bytes)?, length),
             _ if bytes < MAPPED_BYTES_MIN => Place::Memory(vec![T::zeroed(); length]),
             _ => {
-                let map = MmapMut::map_anon(bytes);
-                Place::Mapped(
-                    map.context("map memory for", Path::new("large matrices"))?,
-                    length,
-                )
+                // Resident at once: whoever asks the budget next is told of them.
+                let map = MmapOptions::new().len(bytes).populate().map_anon();
+                let map = map.context("map memory for", Path::new("large matrices"))?;
+                Place::Mapped(map, length)
             }
         };
         Ok(Region(place, grant))

@@ -9,6 +9,7 @@ mod time;
 
 pub use measurement::{LOGITS_BYTES, MeasurementFit};
 pub use memory::{Fit, Graph, Load};
+pub use time::Work;
 
 use self::steps::Step;
 use crate::error::{Error, Result};

@@ -1,10 +1,10 @@
 //! What a run tells: a row a linear, progress as it happens, and where the time went.
 
-use crate::error::{IoContext, Result};
+use crate::error::Result;
+use crate::system::thread_cpu;
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -104,58 +104,6 @@ impl Clock {
             .into_iter()
             .map(|(name, time)| (name, time.as_secs_f64()))
             .collect()
-    }
-}
-
-/// CPU time of the calling thread.
-pub fn thread_cpu() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
-}
-
-/// CPU time of the process, all threads.
-pub fn process_cpu() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
-}
-
-/// Peak resident bytes of the process so far (`VmHWM`), or 0 where the system does not tell.
-pub fn peak_host_bytes() -> u64 {
-    let read = || -> Option<u64> {
-        let path = Path::new("/proc/self/status");
-        let status = std::fs::read_to_string(path).context("read", path).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
-        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
-    };
-    read().unwrap_or(0)
-}
-
-/// Bytes that the process may have resident: what the system says is available, or less where a control group sets a limit; no bound
-/// where neither tells.
-pub fn available_host_bytes() -> u64 {
-    let number = |path: &str| -> Option<u64> { std::fs::read_to_string(path).ok()?.trim().parse().ok() };
-    let groups = [
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ];
-    let system = || -> Option<u64> {
-        let information = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = information
-            .lines()
-            .find(|line| line.starts_with("MemAvailable"))?;
-        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
-    };
-    let limits = groups.into_iter().filter_map(number).chain(system());
-    limits.min().unwrap_or(u64::MAX)
-}
-
-/// Gives memory that is free within the process back to the system. The allocator keeps what threads freed; large panels that come and
-/// go leave holes in it, which without this grew to half of a run's peak.
-pub fn release_free_memory() {
-    // SAFETY: no arguments but a number; it may be called at any time from any thread.
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

@@ -2,8 +2,9 @@
 //! again on a CUDA device where this build and this machine have one.
 
 use crate::mixtures;
-use crate::quantize::{StopAfter, job, run};
+use crate::quantize::{job, run};
 use crate::reference;
+use crate::watch::Watch;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use quantflow::device::{DeviceChoice, Placement, attention, factor, solver, sums};
@@ -13,11 +14,9 @@ use quantflow::numerics::attention::{AttentionShape, attention as attention_kern
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
 use quantflow::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use quantflow::numerics::{Grid, ScaleDtype};
-use quantflow::operators::Halt;
 use quantflow::pipelines::quantize::{Job, quantize};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe};
-use quantflow::report::Observer;
 use quantflow::statistics::{Accumulator, Exponents, Product, SiteStatistics};
 use std::sync::Arc;
 
@@ -290,12 +289,8 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
             assert_eq!(least.output_digest, whole.output_digest, "{name}");
 
             // Broken off and continued; the CPU does not continue it.
-            let halt = Arc::new(Halt::default());
-            let stop: Arc<dyn Observer> = Arc::new(StopAfter {
-                left: 9.into(),
-                halt: Arc::clone(&halt),
-            });
-            let broken = quantize(&job("parts"), &stop, &halt);
+            let broken = Watch::until(|seen| seen.linears > 9)
+                .over(|observer, halt| quantize(&job("parts"), observer, halt));
             assert!(matches!(broken, Err(Error::Interrupted)), "{name}");
             assert!(
                 run(&Job {

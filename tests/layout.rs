@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 /// Modules in layers: a module may import from its own layer's earlier lines and from the layers before.
 const LAYERS: [&[&str]; 13] = [
-    &["error"],
+    &["error", "system"],
     &["storage", "budget"],
     &["memory"],
     &["report", "numerics"],

@@ -16,3 +16,4 @@ mod reference;
 mod solver;
 mod sources;
 mod statistics;
+mod watch;

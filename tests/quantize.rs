@@ -1,9 +1,9 @@
 //! Whole runs on the tiny multimodal model: same bytes however it is run, resumable, nothing half-written.
 
+use crate::watch::Watch;
 use candle_core::{Device, Tensor};
 use quantflow::calibration::{self, Calibration, Source};
 use quantflow::error::{Error, Result};
-use quantflow::operators::Halt;
 use quantflow::pipelines::evaluate::{Evaluation, evaluate};
 use quantflow::pipelines::quantize::{Job, Summary, quantize};
 use quantflow::pipelines::verify::verify;
@@ -131,15 +131,10 @@ fn a_continued_run_keeps_to_the_smallest_budget() {
         parts.memory = Some(1);
         let hint = parts.fit(&plan).unwrap_err().hint().unwrap();
         parts.memory = hint.split_whitespace().find_map(|word| word.parse().ok());
-        let halt = Arc::new(Halt::default());
-        let observer: Arc<dyn Observer> = Arc::new(StopAfter {
-            left: (whole.linears as i64 / 2).into(),
-            halt: Arc::clone(&halt),
-        });
-        assert!(matches!(
-            quantize(&parts, &observer, &halt),
-            Err(Error::Interrupted)
-        ));
+        let most = whole.linears / 2;
+        let broken = Watch::until(move |seen| seen.linears > most)
+            .over(|observer, halt| quantize(&parts, observer, halt));
+        assert!(matches!(broken, Err(Error::Interrupted)));
         // What is asked for is held against the budget: more would be refused.
         let rest = run(&parts).unwrap();
         assert!(rest.resumed_blocks >= 1);
@@ -315,20 +310,42 @@ fn what_verify_is_for_is_found() {
     );
 }
 
-/// Stops the run after some linears, as Ctrl-C would.
-pub(crate) struct StopAfter {
-    pub(crate) left: std::sync::atomic::AtomicI64,
-    pub(crate) halt: Arc<Halt>,
-}
-
-impl Observer for StopAfter {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, _: &str) {}
-    fn linear(&self, _: &Row) {
-        if self.left.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) == 0 {
-            self.halt.raise(Error::Interrupted);
-        }
+#[test]
+fn progress_ends_where_the_work_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipes = [
+        Recipe::default(),
+        Recipe {
+            ignore: vec!["gate_proj".into(), "layers.1.".into()],
+            match_original: 0.0,
+            ..Recipe::default()
+        },
+        Recipe {
+            method: Method::Rtn,
+            ..Recipe::default()
+        },
+    ];
+    for (number, recipe) in recipes.into_iter().enumerate() {
+        let job = Job {
+            recipe,
+            ..job(&folder.path().join(number.to_string()))
+        };
+        let broken = Watch::until(|seen| seen.linears > 20);
+        broken
+            .over(|observer, halt| quantize(&job, observer, halt))
+            .unwrap_err();
+        let rest = Watch::to_the_end();
+        let summary = rest
+            .over(|observer, halt| quantize(&job, observer, halt))
+            .unwrap();
+        assert!(summary.resumed_blocks > 0);
+        rest.assert_all_told("quantize");
+        let whole = Watch::to_the_end();
+        let again = Job { fresh: true, ..job };
+        whole
+            .over(|observer, halt| quantize(&again, observer, halt))
+            .unwrap();
+        whole.assert_all_told("quantize");
     }
 }
 
@@ -338,16 +355,9 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
     let whole = run(&job(&folder.path().join("whole"))).unwrap();
     let output = folder.path().join("parts");
     for linears in [0, 8, 17] {
-        let halt = Arc::new(Halt::default());
-        let stop = StopAfter {
-            left: linears.into(),
-            halt: Arc::clone(&halt),
-        };
-        let observer: Arc<dyn Observer> = Arc::new(stop);
-        assert!(matches!(
-            quantize(&job(&output), &observer, &halt),
-            Err(Error::Interrupted)
-        ));
+        let broken = Watch::until(move |seen| seen.linears > linears)
+            .over(|observer, halt| quantize(&job(&output), observer, halt));
+        assert!(matches!(broken, Err(Error::Interrupted)));
         assert!(
             !output.join("config.json").exists(),
             "an unfinished output must not load"

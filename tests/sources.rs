@@ -9,20 +9,20 @@ mod stored;
 use self::stored::{Checkpoint, Kind, values_of};
 use crate::mixtures::{compare, model, rtn, windows};
 use crate::quantize::run;
+use crate::watch::Watch;
 use half::bf16;
 use quantflow::calibration::{self, Documents};
 use quantflow::model::{SiteKind, Tower};
-use quantflow::operators::Halt;
 use quantflow::pipelines::quantize::{Job, quantize};
 use quantflow::pipelines::statistics::{self, Change, update};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe};
-use quantflow::report::{Observer, Row, Silent};
+use quantflow::report::{Observer, Silent};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 fn is_linear(name: &str) -> bool {
     name.contains("_proj.") && name.contains("layers.")
@@ -156,19 +156,6 @@ fn experts_are_solved_as_their_values_are() {
     }
 }
 
-/// Keeps the notes of a run.
-#[derive(Default)]
-struct Notes(Mutex<Vec<String>>);
-
-impl Observer for Notes {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, note: &str) {
-        self.0.lock().unwrap().push(note.into());
-    }
-    fn linear(&self, _: &Row) {}
-}
-
 #[test]
 fn what_is_left_alone_is_written_as_its_values_and_said() {
     let folder = tempfile::tempdir().unwrap();
@@ -181,12 +168,13 @@ fn what_is_left_alone_is_written_as_its_values_and_said() {
     same_codes(&coded, &plain, folder.path(), &recipe, "left-alone");
     let mut again = rtn(&coded, &folder.path().join("again"), 1);
     again.recipe = recipe;
-    let notes = Arc::new(Notes::default());
-    let observer: Arc<dyn Observer> = Arc::clone(&notes) as Arc<dyn Observer>;
-    let summary = quantize(&again, &observer, &Arc::<Halt>::default()).unwrap();
+    let watch = Watch::to_the_end();
+    let summary = watch
+        .over(|observer, halt| quantize(&again, observer, halt))
+        .unwrap();
     // Attention's five linears in three layers, the shared expert's three in two, the head, the layer beyond.
     assert_eq!(summary.dequantized, 5 * 3 + 3 * 2 + 1 + 1);
-    let notes = notes.0.lock().unwrap().join("\n");
+    let notes = watch.seen().notes.join("\n");
     assert!(notes.contains("23 weights") && notes.contains("F32"), "{notes}");
 
     let output = Checkpoint::read(&again.output);

@@ -1,11 +1,11 @@
 //! The statistics artifact: sums that add up, and can be taken away, to the byte.
 
+use crate::watch::Watch;
 use proptest::prelude::*;
 use quantflow::artifact::{Artifact, HEADER};
 use quantflow::calibration::{self, ContentId, Documents, Placed, Source};
 use quantflow::error::Result;
 use quantflow::memory::Room;
-use quantflow::operators::Halt;
 use quantflow::operators::groups::changed_groups;
 use quantflow::pipelines::quantize::{self, quantize};
 use quantflow::pipelines::resolve;
@@ -248,27 +248,6 @@ fn token_ids_count_as_often_as_they_come() {
     assert!(run(&with(Change::Add, "once", 1)).is_err(), "a batch counts once");
 }
 
-/// Stops a change after some work, as Ctrl-C would.
-struct StopAfter {
-    left: std::sync::atomic::AtomicI64,
-    halt: Arc<Halt>,
-}
-
-impl Observer for StopAfter {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, units: u64) {
-        if self
-            .left
-            .fetch_sub(units as i64, std::sync::atomic::Ordering::SeqCst)
-            <= 0
-        {
-            self.halt.raise(quantflow::error::Error::Interrupted);
-        }
-    }
-    fn note(&self, _: &str) {}
-    fn linear(&self, _: &Row) {}
-}
-
 #[test]
 fn an_interrupted_change_leaves_the_artifact_and_continues() {
     let folder = tempfile::tempdir().unwrap();
@@ -281,22 +260,22 @@ fn an_interrupted_change_leaves_the_artifact_and_continues() {
     let whole = run(&job(Change::Add, &at("whole"), &[&b])).unwrap();
     run(&job(Change::Collect, &at("parts"), &[&a])).unwrap();
     let before = Artifact::open(&at("parts")).unwrap().header;
-    let batches = whole.batches_run as i64;
-    for units in [1, 5 * batches, 10 * batches] {
-        let halt = Arc::new(Halt::default());
-        let stop = StopAfter {
-            left: units.into(),
-            halt: Arc::clone(&halt),
-        };
-        let observer: Arc<dyn Observer> = Arc::new(stop);
-        assert!(update(&job(Change::Add, &at("parts"), &[&b]), &observer, &halt).is_err());
+    let batches = whole.batches_run;
+    for pieces in [1, 5 * batches, 10 * batches] {
+        let broken = Watch::until(move |seen| seen.pieces > pieces)
+            .over(|observer, halt| update(&job(Change::Add, &at("parts"), &[&b]), observer, halt));
+        assert!(broken.is_err());
         let held = Artifact::open(&at("parts")).unwrap();
         assert_eq!(held.header, before, "an unfinished change is not seen");
         held.verify().unwrap();
     }
     let other = run(&job(Change::Retract, &at("parts"), &[&a])).unwrap_err();
     assert!(other.hint().unwrap().contains("--fresh"), "{other}");
-    let rest = run(&job(Change::Add, &at("parts"), &[&b])).unwrap();
+    let watch = Watch::to_the_end();
+    let rest = watch
+        .over(|observer, halt| update(&job(Change::Add, &at("parts"), &[&b]), observer, halt))
+        .unwrap();
+    watch.assert_all_told("statistics");
     assert!(rest.resumed_blocks >= 2, "{}", rest.resumed_blocks);
     assert_eq!(rest.digest, whole.digest);
     assert_eq!(sums(&at("parts")), sums(&at("whole")));
@@ -424,48 +403,14 @@ fn one_artifact_serves_many_recipes() {
     assert!(!at("independent").join(".quantflow").exists());
 }
 
-/// Counts the linears that were solved, and stops after some of them, as Ctrl-C would.
-struct Counting {
-    solved: std::sync::atomic::AtomicI64,
-    stop_after: i64,
-    halt: Arc<Halt>,
-}
-
-impl Counting {
-    fn new(stop_after: i64) -> Arc<Self> {
-        Arc::new(Self {
-            solved: 0.into(),
-            stop_after,
-            halt: Arc::default(),
-        })
-    }
-
-    fn solve(self: &Arc<Self>, job: &quantize::Job) -> Result<quantize::Summary> {
-        let observer: Arc<dyn Observer> = Arc::<Self>::clone(self);
-        let summary = resolve::solve(job, &observer, &self.halt)?;
-        assert!(summary.asked_peak_host_bytes <= summary.plan_peak_host_bytes);
-        Ok(summary)
-    }
-
-    fn solved(&self) -> i64 {
-        self.solved.load(std::sync::atomic::Ordering::SeqCst)
-    }
-}
-
-impl Observer for Counting {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, _: &str) {}
-    fn linear(&self, _: &Row) {
-        if self.solved.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == self.stop_after {
-            self.halt.raise(quantflow::error::Error::Interrupted);
-        }
-    }
+fn solve(job: &quantize::Job, watch: &Arc<Watch>) -> Result<quantize::Summary> {
+    let summary = watch.over(|observer, halt| resolve::solve(job, observer, halt))?;
+    assert!(summary.asked_peak_host_bytes <= summary.plan_peak_host_bytes);
+    Ok(summary)
 }
 
 #[test]
 fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
-    const ALL: i64 = i64::MAX;
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let (a, b) = (
@@ -473,7 +418,7 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
         rows(folder.path(), "b.jsonl", 24..40),
     );
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
-    let solve = |name: &str, down_bits: u32| quantize::Job {
+    let job_of = |name: &str, down_bits: u32| quantize::Job {
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
         workers: 2,
         shard_bytes_max: 400_000,
@@ -493,9 +438,10 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
         )
     };
     let fresh = |name: &str, bits: u32| {
-        let all = Counting::new(ALL);
-        let summary = all.solve(&solve(name, bits)).unwrap();
-        assert_eq!((all.solved(), summary.reused_linears), (35, 0));
+        let all = Watch::to_the_end();
+        let summary = solve(&job_of(name, bits), &all).unwrap();
+        assert_eq!((all.seen().linears, summary.reused_linears), (35, 0));
+        all.assert_all_told("quantize");
         summary.output_digest
     };
     let (four, three) = (fresh("out", 4), fresh("three", 3));
@@ -510,22 +456,22 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
 
     // Broken off, the old output is whole; another command does not continue it; the same one does.
     for linears in [0, 2] {
-        let stopped = Counting::new(linears);
-        assert!(stopped.solve(&solve("out", 3)).is_err());
+        let stopped = Watch::until(move |seen| seen.linears > linears);
+        assert!(solve(&job_of("out", 3), &stopped).is_err());
         assert!(verify(&at("out"), &fixture("model")).unwrap().problems.is_empty());
     }
-    let other = Counting::new(ALL).solve(&solve("out", 8)).unwrap_err();
+    let other = solve(&job_of("out", 8), &Watch::to_the_end()).unwrap_err();
     assert!(other.hint().unwrap().contains("--fresh"), "{other}");
     let observer: Arc<dyn Observer> = Arc::new(Silent);
-    let refused = quantize(&solve("out", 3), &observer, &Arc::default()).unwrap_err();
+    let refused = quantize(&job_of("out", 3), &observer, &Arc::default()).unwrap_err();
     assert!(refused.to_string().contains("finished"), "{refused}");
-    let rest = Counting::new(ALL);
-    let summary = rest.solve(&solve("out", 3)).unwrap();
+    let rest = Watch::to_the_end();
+    let summary = solve(&job_of("out", 3), &rest).unwrap();
     assert_eq!(summary.reused_linears, 30);
     assert!(
-        (1..5).contains(&rest.solved()) && summary.resumed_blocks > 0,
+        (1..5).contains(&rest.seen().linears) && summary.resumed_blocks > 0,
         "{}",
-        rest.solved()
+        rest.seen().linears
     );
     assert_eq!(summary.output_digest, three);
     assert_eq!(report("out"), report("three"));
@@ -534,19 +480,19 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
 
     // Back again: only the five down_proj; and once more: none.
     for solved in [5, 0] {
-        let back = Counting::new(ALL);
-        let summary = back.solve(&solve("out", 4)).unwrap();
+        let back = Watch::to_the_end();
+        let summary = solve(&job_of("out", 4), &back).unwrap();
         assert_eq!(
-            (back.solved(), summary.reused_linears),
-            (solved, 35 - solved as usize)
+            (back.seen().linears, summary.reused_linears),
+            (solved, 35 - solved)
         );
         assert_eq!(summary.output_digest, four);
     }
     // Other statistics change every site.
     run(&job(Change::Add, &at("s"), &[&b])).unwrap();
-    let all = Counting::new(ALL);
-    all.solve(&solve("out", 4)).unwrap();
-    assert_eq!(all.solved(), 35);
+    let all = Watch::to_the_end();
+    solve(&job_of("out", 4), &all).unwrap();
+    assert_eq!(all.seen().linears, 35);
 }
 
 /// Mean held-out error over the linears of an output's report.

@@ -296,6 +296,9 @@ pub fn batches(tokens: &[u32], length: usize) -> Vec<Batch> {
         .collect()
 }
 
+/// Tokens of the probe that fixes the exponents of the sums.
+pub const PROBE_TOKENS: usize = 256;
+
 /// The probe: `tokens` ids that depend on the vocabulary size alone, so that machines that never met scale their sums
 /// alike. ChaCha8, seeded from a constant and the size, each id by multiply and shift: fixed for good, since exponents of
 /// stored statistics follow from it.

@@ -9,7 +9,6 @@ use crate::error::{Error, Result};
 use crate::formats::Reader;
 use crate::model::{SiteKind, Tower};
 use crate::numerics::speed::Speed;
-use crate::pipelines::quantize::Job;
 use crate::plan::{Fit, Plan};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -39,7 +38,7 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
         true => device::speed::measure(&job.placement.device, tower.precision())?,
         false => Speed::measure(),
     };
-    let sites = sites(&job, speed, &plan, &fit);
+    let sites = sites(speed, &plan, &fit);
     let total: f64 = sites.values().map(|site| site.seconds).sum();
     let spilled: u64 = sites.values().map(|site| site.spilled).sum();
     let quantized: Vec<_> = plan
@@ -153,14 +152,13 @@ fn print_linears(tower: &Tower, plan: &Plan) {
 }
 
 /// By the name of what is at the site; all routed experts are one.
-fn sites(job: &Job, speed: Speed, plan: &Plan, fit: &Fit) -> BTreeMap<&'static str, Site> {
-    let load = job.load();
+fn sites(speed: Speed, plan: &Plan, fit: &Fit) -> BTreeMap<&'static str, Site> {
     let mut sites: BTreeMap<&str, Site> = BTreeMap::new();
     for step in 0..plan.steps() {
         let site = sites.entry(name(plan.step(step).1)).or_default();
         site.steps += 1;
-        site.peak_host_bytes = site.peak_host_bytes.max(plan.step_bytes(&load, fit, step));
-        site.seconds += plan.step_seconds(&load, speed, step);
+        site.peak_host_bytes = site.peak_host_bytes.max(plan.step_bytes(fit, step));
+        site.seconds += plan.work(&fit.load, speed, step).seconds() / fit.load.workers as f64;
         site.spilled += u64::from(fit.is_spilled(step));
     }
     sites

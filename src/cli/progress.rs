@@ -1,7 +1,8 @@
 //! Progress on stderr: a bar a phase on a terminal, plain lines otherwise.
 
 use crate::report::{Observer, Row};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,9 +25,14 @@ pub(super) fn observer(rows: bool) -> Arc<dyn Observer> {
         bar.set_draw_target(ProgressDrawTarget::stderr());
     }
     if let Ok(style) =
-        ProgressStyle::with_template("{msg:>9} {wide_bar} {percent:>3}%  {elapsed_precise}, {eta} left")
+        ProgressStyle::with_template("{msg:>9} {wide_bar} {percent:>3}%  {elapsed_precise}, {left} left")
     {
-        bar.set_style(style);
+        let left = |state: &ProgressState, text: &mut dyn Write| {
+            let left = left(state.elapsed(), state.fraction().into());
+            // Text that cannot be written is not shown.
+            let _ = write!(text, "{}", HumanDuration(left));
+        };
+        bar.set_style(style.with_key("left", left));
     }
     Arc::new(Progress {
         bar,
@@ -34,6 +40,13 @@ pub(super) fn observer(rows: bool) -> Arc<dyn Observer> {
         rows,
         last_line: Mutex::new((Instant::now(), String::new())),
     })
+}
+
+/// What is left after `elapsed`, if all goes as what is `done` of 1 went: pieces of work are too few and too different for the rate of the
+/// last ones to tell.
+fn left(elapsed: Duration, done: f64) -> Duration {
+    let left = elapsed.as_secs_f64() * (1.0 - done).max(0.0) / done;
+    Duration::try_from_secs_f64(left).unwrap_or_default()
 }
 
 impl Progress {
@@ -68,13 +81,9 @@ impl Observer for Progress {
             && last.0.elapsed() >= LINE_INTERVAL
         {
             last.0 = Instant::now();
-            let (done, all) = (self.bar.position(), self.bar.length().unwrap_or(0).max(1));
-            eprintln!(
-                "{}: {} %, about {} s left",
-                last.1,
-                done * 100 / all,
-                self.bar.eta().as_secs()
-            );
+            let done = self.bar.position() as f64 / self.bar.length().unwrap_or(0).max(1) as f64;
+            let left = HumanDuration(left(self.bar.elapsed(), done));
+            eprintln!("{}: {:.0} %, about {left} left", last.1, 100.0 * done);
         }
     }
 

@@ -9,10 +9,9 @@ use crate::checkpoint::TensorView;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::formats::Stored;
-use crate::numerics::QuantizedWeight;
+use crate::numerics::{QuantizedWeight, halves};
 use bytemuck::allocation::pod_collect_to_vec;
 use candle_core::{DType, Device, Tensor};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -366,15 +365,10 @@ fn widen_onto(values: &mut Vec<f32>, name: &str, dtype: Dtype, bytes: &[u8]) -> 
     match dtype {
         Dtype::F32 => values.extend(pod_collect_to_vec::<u8, f32>(bytes)),
         Dtype::BF16 | Dtype::F16 => {
-            let halves: Vec<u16> = pod_collect_to_vec(bytes);
-            values.resize(begin + halves.len(), 0.0);
+            values.resize(begin + bytes.len() / 2, 0.0);
             match dtype {
-                Dtype::BF16 => halves
-                    .reinterpret_cast::<bf16>()
-                    .convert_to_f32_slice(&mut values[begin..]),
-                _ => halves
-                    .reinterpret_cast::<f16>()
-                    .convert_to_f32_slice(&mut values[begin..]),
+                Dtype::BF16 => halves::widen::<bf16>(bytes, &mut values[begin..]),
+                _ => halves::widen::<f16>(bytes, &mut values[begin..]),
             }
         }
         other => return Err(unreadable(name, other)),

@@ -6,6 +6,7 @@ pub mod elementwise;
 pub mod factor;
 pub mod fp8;
 pub mod gemm;
+pub mod halves;
 pub mod knapsack;
 pub mod panels;
 pub mod predict;

@@ -1,6 +1,7 @@
 //! `accumulate`: adds each batch's products to the step's exact sums, which the workers of a process share; when the frontier
 //! says that no worker has a batch of the step left, the step's owner hands the sums on.
 
+use super::activations::with_values;
 use super::local::Local;
 use super::records::{Inputs, Merged, SiteInput, Summed};
 use crate::budget::Grant;
@@ -37,7 +38,8 @@ impl Adding {
     /// Zero sums, with exponents from the probe's input `x`.
     fn new(local: &Local, step: u64, x: &Tensor) -> Result<Self> {
         let shared = &local.shared;
-        let exponents = Exponents::from_probe(&values(x)?, x.dim(1)?);
+        let width = x.dim(1)?;
+        let exponents = with_values(x, |values| Exponents::from_probe(values, width))?;
         let products = shared.pass.products();
         let tower = &shared.tower;
         Ok(match tower.placement().on_device {
@@ -59,11 +61,11 @@ impl Adding {
     fn add(&self, record: &Inputs, input: &SiteInput) -> Result<()> {
         let (original, times) = (input.original.as_ref(), record.multiplicity);
         match (self, record.held_out) {
-            (Self::Host { sums, .. }, true) => sums.add_held_out(&values(&input.x)?, times),
-            (Self::Host { sums, .. }, false) => {
-                let original = original.map(values).transpose()?;
-                sums.add(&values(&input.x)?, original.as_deref(), times)
-            }
+            (Self::Host { sums, .. }, true) => with_values(&input.x, |x| sums.add_held_out(x, times))?,
+            (Self::Host { sums, .. }, false) => with_values(&input.x, |x| match original {
+                Some(original) => with_values(original, |original| sums.add(x, Some(original), times))?,
+                None => sums.add(x, None, times),
+            })?,
             (Self::Device(sums), true) => sums.add_held_out(&input.x, times),
             (Self::Device(sums), false) => sums.add(&input.x, original, times),
         }
@@ -187,10 +189,6 @@ fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Res
             error.hint().unwrap_or_default(),
         )
     })
-}
-
-fn values(x: &Tensor) -> Result<Vec<f32>> {
-    Ok(x.flatten_all()?.to_vec1::<f32>()?)
 }
 
 fn poisoned() -> Error {

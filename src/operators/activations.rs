@@ -2,10 +2,10 @@
 //! memory up to another, in a scratch file beyond that.
 
 use crate::error::{Error, Result};
+use crate::numerics::halves;
 use crate::storage::ScratchFile;
-use bytemuck::cast_slice;
-use candle_core::{DType, Device, Tensor};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use bytemuck::{cast_slice, cast_slice_mut};
+use candle_core::{DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -162,20 +162,11 @@ impl ActivationStore {
 
     /// In memory, or in the scratch file.
     fn place(&mut self, key: Key, value: &Tensor, precision: Precision) -> Result<Place> {
-        let values = value.flatten_all()?.to_vec1::<f32>()?;
-        let bytes: Vec<u8> = match precision {
-            Precision::F32 => cast_slice(&values).to_vec(),
-            Precision::Bf16 => {
-                let mut narrow = vec![bf16::ZERO; values.len()];
-                narrow.convert_from_f32_slice(&values);
-                cast_slice(narrow.reinterpret_cast()).to_vec()
-            }
-            Precision::F16 => {
-                let mut narrow = vec![f16::ZERO; values.len()];
-                narrow.convert_from_f32_slice(&values);
-                cast_slice(narrow.reinterpret_cast()).to_vec()
-            }
-        };
+        let bytes = with_values(value, |values| match precision {
+            Precision::F32 => cast_slice(values).to_vec(),
+            Precision::Bf16 => halves::narrow::<bf16>(values),
+            Precision::F16 => halves::narrow::<f16>(values),
+        })?;
         Ok(match self.resident.take(bytes.len()) {
             true => Place::Resident(bytes),
             false => Place::Spilled(self.spill(key, &bytes)?),
@@ -234,13 +225,9 @@ impl ActivationStore {
         };
         let mut values = vec![0f32; count];
         match entry.precision {
-            Precision::F32 => bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes),
-            Precision::Bf16 => halves(bytes)
-                .reinterpret_cast::<bf16>()
-                .convert_to_f32_slice(&mut values),
-            Precision::F16 => halves(bytes)
-                .reinterpret_cast::<f16>()
-                .convert_to_f32_slice(&mut values),
+            Precision::F32 => cast_slice_mut(&mut values).copy_from_slice(bytes),
+            Precision::Bf16 => halves::widen::<bf16>(bytes, &mut values),
+            Precision::F16 => halves::widen::<f16>(bytes, &mut values),
         }
         Ok(Some(Tensor::from_vec(
             values,
@@ -267,7 +254,12 @@ impl ActivationStore {
     }
 }
 
-/// The same bytes, aligned.
-fn halves(bytes: &[u8]) -> Vec<u16> {
-    bytemuck::allocation::pod_collect_to_vec(bytes)
+/// Reads the values of a tensor in f32, row-major, where they are; of one on a device, a copy.
+pub(super) fn with_values<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(values), Some((begin, end))) => Ok(read(&values.as_slice()?[begin..end])),
+        _ => Err(Error::Worker("an activation is not in memory".into())),
+    }
 }

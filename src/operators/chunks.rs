@@ -38,6 +38,15 @@ impl Chunk {
         first..planned.rows.min(first + height)
     }
 
+    /// Its part of the rows that are chosen codes for in this step.
+    fn share(&self, local: &Local) -> f64 {
+        let solved = |linear: &&PlannedLinear| linear.to_solve().is_some();
+        let linears = local.shared.plan.step_linears(self.step).iter();
+        let rows: usize = linears.filter(solved).map(|linear| linear.rows).sum();
+        let own = Some(&local.shared.plan.linears[self.linear]).filter(solved);
+        own.map_or(0.0, |_| self.rows(local).len() as f64 / rows as f64)
+    }
+
     /// Its original weights, `[rows, columns]`, on the device where the linear is whole.
     ///
     /// # Errors
@@ -119,10 +128,14 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                         (shared.budget).take("a chunk of weights", shared.plan.chunk_bytes(planned))?,
                         shared.take_panels(chunk.step, 1)?,
                     );
-                    work(&local, chunk)
+                    let share = chunk.share(&local);
+                    Ok((work(&local, chunk)?, share))
                 });
                 match made {
-                    Some(made) => output.session(&capability).give(made),
+                    Some((made, share)) => {
+                        local.shared.advance(*capability.time(), |work| work.solve, share);
+                        output.session(&capability).give(made);
+                    }
                     None => queue.clear(),
                 }
                 if !queue.is_empty() {

@@ -47,6 +47,8 @@ pub fn factor<'scope>(
                             }
                         });
                         let Some(factored) = result else { continue };
+                        let sites = local.shared.plan.step_sites(step).len() as f64;
+                        local.shared.advance(step, |work| work.factor, 1.0 / sites);
                         if site == SiteKind::GateUp {
                             let last = local.shared.plan.trails(step);
                             kept = (!last).then(|| (block, factored.clone()));

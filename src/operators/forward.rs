@@ -46,7 +46,9 @@ pub fn forward<'scope>(
                 match inputs {
                     Some(inputs) => {
                         if position != PROBE {
-                            local.shared.observer.advance(1);
+                            let shared = &local.shared;
+                            let share = local.tokens(position).len() as f64 / shared.fit.load.tokens as f64;
+                            shared.advance(*capability.time(), |work| work.forward, share);
                         }
                         output.session(&capability).give(inputs);
                     }

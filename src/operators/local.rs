@@ -5,13 +5,14 @@ use super::activations::{ActivationStore, Stream};
 use super::experts::ExpertTokens;
 use super::stages::Stages;
 use crate::budget::{Budget, Grant};
-use crate::calibration::Batch;
+use crate::calibration::{self, Batch, PROBE_TOKENS};
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Record};
 use crate::memory::Room;
 use crate::model::{Rotary, SiteKind, Tower};
-use crate::plan::{Fit, Plan};
+use crate::numerics::speed::Speed;
+use crate::plan::{Fit, Plan, Work};
 use crate::report::{Clock, Observer};
 use crate::statistics::Product;
 use std::cell::RefCell;
@@ -144,7 +145,7 @@ pub struct Shared {
     pub tower: Tower,
     /// The work.
     pub plan: Plan,
-    /// How it fits into the memory.
+    /// What runs of it, and how it fits into the memory.
     pub fit: Fit,
     /// The memory: whoever takes much of it asks.
     pub budget: Arc<Budget>,
@@ -175,6 +176,54 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// A run of `plan` over no batches, by the quantized stream alone. `length` is that of the longest sequence.
+    ///
+    /// # Errors
+    /// The model's rotary tables cannot be made.
+    pub fn new(
+        (tower, length): (Tower, usize),
+        (plan, fit): (Plan, Fit),
+        scratch: &Path,
+        output: Output,
+        observer: &Arc<dyn Observer>,
+        halt: &Arc<Halt>,
+    ) -> Result<Self> {
+        let budget = Budget::new(fit.limit);
+        Ok(Self {
+            rotary: tower.rotary(length.max(PROBE_TOKENS))?,
+            probe: calibration::probe(tower.spec.vocab_size, PROBE_TOKENS),
+            tower,
+            plan,
+            fit,
+            scratch: scratch.into(),
+            batches: Vec::new(),
+            pass: Pass::Quantized,
+            sums: Sums::default(),
+            experts: ExpertTokens::default(),
+            stages: Stages::new(Arc::clone(&budget)),
+            budget,
+            output,
+            observer: Arc::clone(observer),
+            clock: Clock::default(),
+            halt: Arc::clone(halt),
+        })
+    }
+
+    /// Tells that the steps from `first` on begin.
+    pub fn begin(&self, phase: &str, first: u64) {
+        let seconds = (first..self.plan.steps()).map(|step| self.work(step).seconds());
+        self.observer.phase(phase, units(seconds.sum()));
+    }
+
+    /// Tells that a `share` of a `part` of the work of `step` is done.
+    pub fn advance(&self, step: u64, part: impl Fn(Work) -> f64, share: f64) {
+        self.observer.advance(units(part(self.work(step)) * share));
+    }
+
+    fn work(&self, step: u64) -> Work {
+        self.plan.work(&self.fit.load, Speed::TYPICAL, step)
+    }
+
     /// Where the matrices of a step are made.
     pub fn room(&self, step: u64) -> Room {
         match self.fit.is_spilled(step) {
@@ -190,6 +239,11 @@ impl Shared {
             false => Ok(Grant::default()),
         }
     }
+}
+
+/// What progress is counted in: nanoseconds of a typical core.
+fn units(seconds: f64) -> u64 {
+    (seconds * 1e9).round() as u64
 }
 
 /// One worker's own.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
-use crate::report::thread_cpu;
+use crate::system::thread_cpu;
 use candle_core::Tensor;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::model::{Block, Linear, Rotary, Tower};
 use crate::numerics::QuantizedWeight;
 use crate::plan::{Plan, PlannedLinear};
-use crate::report::release_free_memory;
+use crate::system::release_free_memory;
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};

@@ -77,9 +77,9 @@ impl Plan {
         // Of a weight, what is in f32 at a time.
         let panel = |l: &PlannedLinear| (panel_rows(l.columns).min(l.rows) * l.columns) as u64;
         let widened = before.iter().map(panel).max().unwrap_or(0);
-        // The first stream's inputs wait for the second's. Then they are summed: each with a copy, and a panel of products.
+        // The first stream's inputs wait for the second's. Then they are summed, through a panel of products.
         let carried = tokens * (carried + sites * width * (streams - 1)) + widened;
-        let summed = tokens * width * (sites + 1) * streams + PANEL_ROWS as u64 * width;
+        let summed = tokens * width * sites * streams + PANEL_ROWS as u64 * width;
         4 * carried.max(summed)
     }
 

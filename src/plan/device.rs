@@ -15,10 +15,11 @@ impl Plan {
     ///
     /// # Errors
     /// They hold no step.
-    pub fn fit_device(&self, fit: Fit, load: &Load, memory: u64) -> Result<Fit> {
+    pub fn fit_device(&self, fit: Fit, memory: u64) -> Result<Fit> {
         let Some(weight_bytes) = self.device_weight_bytes else {
             return Ok(fit);
         };
+        let load = &fit.load;
         let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
         let fixed = BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
         if fixed > memory {

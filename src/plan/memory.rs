@@ -49,8 +49,10 @@ pub struct Load {
 }
 
 /// How a run fits into its budget.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Fit {
+    /// What runs.
+    pub load: Load,
     /// The budget, or what the machine has.
     pub limit: u64,
     /// Predicted peak of resident bytes.
@@ -159,18 +161,20 @@ impl Plan {
                 .sum::<u64>()
         };
         Ok(Fit {
+            load: *load,
             limit,
             peak_host_bytes: fixed + resident,
             resident_activation_bytes: resident,
             scratch_bytes: activations - resident + (0..self.steps()).map(in_files).max().unwrap_or(0),
             spilled,
-            ..Fit::default()
+            peak_device_bytes: 0,
+            device_activation_bytes: 0,
         })
     }
 
     /// Predicted peak of resident bytes of a step, activations aside.
-    pub fn step_bytes(&self, load: &Load, fit: &Fit, step: u64) -> u64 {
-        self.peak(load, step, &fit.spilled)
+    pub fn step_bytes(&self, fit: &Fit, step: u64) -> u64 {
+        self.peak(&fit.load, step, &fit.spilled)
     }
 
     /// The steps whose matrices are there at the same time as those of `step`, itself among them.

@@ -1,38 +1,73 @@
 //! Predicted seconds of a run: the operations of each step over what the machine's kernels do in a second. Element-wise work, attention
 //! and reading are left out, and take about as long again as is told where activations are narrow.
 
-use super::{Graph, Load, Plan};
+use super::{Graph, Load, Plan, PlannedLinear};
 use crate::numerics::speed::Speed;
 
+/// Predicted seconds of a step on one worker, by what takes them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// All batches' way to the step's inputs, and their sums.
+    pub forward: f64,
+    /// Factors of all sites.
+    pub factor: f64,
+    /// Codes of all linears.
+    pub solve: f64,
+}
+
+impl Work {
+    /// All of it.
+    pub fn seconds(self) -> f64 {
+        self.forward + self.factor + self.solve
+    }
+}
+
 impl Plan {
-    /// Predicted seconds of `step`, on workers of this speed.
-    pub fn step_seconds(&self, load: &Load, speed: Speed, step: u64) -> f64 {
+    /// Predicted work of `step`, on workers of this speed.
+    pub fn work(&self, load: &Load, speed: Speed, step: u64) -> Work {
         let recipe = &self.recipe;
         let linears = self.step_linears(step);
         let width = linears.first().map_or(0, |linear| linear.columns) as f64;
         let quantized = || linears.iter().filter(|linear| linear.to_solve().is_some());
-        let weights = |linear: &super::PlannedLinear| (linear.rows * linear.columns) as f64;
+        let weights = |linear: &PlannedLinear| (linear.rows * linear.columns) as f64;
         let tokens = load.tokens as f64;
-        let workers = load.workers as f64;
-        let forward = 2.0 * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
         let matching = load.streams as f64 - 1.0;
+        let products = 2.0 * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
         let rows: f64 = quantized().map(|linear| linear.rows as f64).sum();
         // XᵀX is half a product, X̃ᵀX a whole one.
         let sums = tokens * width * width * (1.0 + 2.0 * matching);
         let candidates = recipe.damp_percent.candidates().len() as f64;
-        let factor = candidates * width.powi(3) / 3.0;
+        let factor = candidates * width.powi(3) / 3.0 / speed.double_flops;
         // The sweep reads half a matrix; the target a whole one, and a half twice; a round of refinement a whole one four times.
         let passes = 1.0 + 4.0 * matching + 8.0 * recipe.refine_rounds() as f64;
-        let solve = candidates * rows * width * width * passes;
+        let swept = candidates * rows * width * width * passes / speed.double_flops
+            + rows * width * width / speed.single_flops;
         let searched = candidates.max(1.0) * quantized().map(weights).sum::<f64>() / speed.searched_weights;
-        let (single, double, searched) = match (load.graph, quantized().next().is_some()) {
-            (Graph::Statistics { .. }, _) => (forward + sums, 0.0, 0.0),
-            (Graph::Sequential, false) => (forward, 0.0, 0.0),
-            (Graph::Sequential, true) => (forward + sums + rows * width * width, factor + solve, searched),
-            (Graph::Solve { .. }, true) => (rows * width * width, factor + solve, searched),
-            (Graph::DataFree, true) => (0.0, 0.0, searched),
-            (Graph::Solve { .. } | Graph::DataFree, false) => (0.0, 0.0, 0.0),
-        };
-        (single / speed.single_flops + double / speed.double_flops + searched) / workers
+        let forward = |operations: f64| operations / speed.single_flops;
+        match (load.graph, quantized().next().is_some()) {
+            (Graph::Statistics { .. }, _) => Work {
+                forward: forward(products + sums),
+                ..Work::default()
+            },
+            (Graph::Sequential, false) => Work {
+                forward: forward(products),
+                ..Work::default()
+            },
+            (Graph::Sequential, true) => Work {
+                forward: forward(products + sums),
+                factor,
+                solve: swept + searched,
+            },
+            (Graph::Solve { .. }, true) => Work {
+                forward: 0.0,
+                factor,
+                solve: swept + searched,
+            },
+            (Graph::DataFree, true) => Work {
+                solve: searched,
+                ..Work::default()
+            },
+            (Graph::Solve { .. } | Graph::DataFree, false) => Work::default(),
+        }
     }
 }

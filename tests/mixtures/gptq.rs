@@ -1,16 +1,15 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
 use super::{FAMILIES, compare, model, read_rows, recipe, text};
-use crate::quantize::{StopAfter, run};
+use crate::quantize::run;
+use crate::watch::Watch;
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
-use quantflow::operators::Halt;
 use quantflow::pipelines::quantize::{Job, quantize};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Method, Recipe};
-use quantflow::report::{Observer, Row};
+use quantflow::report::Row;
 use std::path::Path;
-use std::sync::Arc;
 
 fn gptq(name: &str, output: &Path, calibration: Calibration) -> Job {
     Job {
@@ -118,17 +117,10 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
         let whole = run(&gptq(name, &at("whole"), calibration.clone())).unwrap();
         let job = gptq(name, &at("parts"), calibration);
         // In the first block, in the middle of the second one's experts, and in the third.
-        for linears in [3, whole.linears as i64 / 2, whole.linears as i64 / 3 + 2] {
-            let halt = Arc::new(Halt::default());
-            let left = linears.into();
-            let observer: Arc<dyn Observer> = Arc::new(StopAfter {
-                left,
-                halt: Arc::clone(&halt),
-            });
-            assert!(matches!(
-                quantize(&job, &observer, &halt),
-                Err(Error::Interrupted)
-            ));
+        for linears in [3, whole.linears / 2, whole.linears / 3 + 2] {
+            let broken = Watch::until(move |seen| seen.linears > linears)
+                .over(|observer, halt| quantize(&job, observer, halt));
+            assert!(matches!(broken, Err(Error::Interrupted)));
             assert!(!job.output.join("config.json").exists());
         }
         // Other groups of experts: the output does not know of them.
