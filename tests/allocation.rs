@@ -523,7 +523,7 @@ fn an_average_gives_the_same_checkpoint_however_it_is_run() {
     assert_eq!(summary.output_digest, one.output_digest);
     assert_eq!(
         (again.sensitivity, again.plan_peak_host_bytes),
-        (chosen.sensitivity.clone(), smallest)
+        (chosen.sensitivity.clone(), smallest - smallest / 16)
     );
     // Both layouts hold it, whole.
     let (_, gptq) = solve("gptq", 2, "gptq");

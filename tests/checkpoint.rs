@@ -26,6 +26,58 @@ fn refuse(files: &[(&str, &[u8])], expect: &str) {
     assert!(error.contains(expect), "{error:?} does not say {expect:?}");
 }
 
+/// Resident bytes of the mapping of a file, from what the system says of each.
+#[cfg(target_os = "linux")]
+fn resident_bytes(path: &Path) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mapping = maps.split_once(path.to_str().unwrap()).expect("it is mapped").1;
+    let line = mapping.lines().find(|line| line.starts_with("Rss:")).unwrap();
+    let kilobytes: usize = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kilobytes << 10
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_was_read_is_not_resident() {
+    const TENSORS: usize = 300;
+    const BYTES: usize = 100_000;
+    let entry = |i: usize| {
+        let (begin, end) = (i * BYTES, (i + 1) * BYTES);
+        format!(r#""t{i}":{{"dtype":"U8","shape":[1000,100],"data_offsets":[{begin},{end}]}}"#)
+    };
+    let entries: Vec<String> = (0..TENSORS).map(entry).collect();
+    let mut bytes = shard(&format!("{{{}}}", entries.join(",")), 0);
+    let first = bytes.len();
+    bytes.extend((0..TENSORS * BYTES).map(|i| (i / 100) as u8));
+    let folder = folder_with(&[("config.json", b"{}"), ("model.safetensors", &bytes)]);
+    let path = folder.path().join("model.safetensors");
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let opened = resident_bytes(&path);
+    checkpoint.digest();
+    let left = resident_bytes(&path);
+    assert!(
+        left <= opened.max(1 << 20),
+        "{left} bytes of {TENSORS} tensors stay"
+    );
+    // The last tensor's last rows, and some twice.
+    let rows: Vec<u32> = (0..1000).rev().chain([5, 999]).collect();
+    let name = format!("t{}", TENSORS - 1);
+    let expected = rows.iter().flat_map(|&row| {
+        let begin = first + (TENSORS - 1) * BYTES + row as usize * 100;
+        bytes[begin..begin + 100].iter().copied()
+    });
+    assert!(expected.eq(checkpoint.rows(&name, &rows).unwrap()));
+    assert!(
+        checkpoint
+            .rows(&name, &[1000])
+            .unwrap_err()
+            .to_string()
+            .contains("1000 rows")
+    );
+    let left = resident_bytes(&path);
+    assert!(left <= opened.max(1 << 20), "{left} bytes stay");
+}
+
 #[test]
 fn damaged_checkpoints_are_refused_by_file() {
     let good = shard(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 8);

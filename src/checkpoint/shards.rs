@@ -22,6 +22,10 @@ const SHARDS_MAX: usize = 10_000;
 const STREAM_BYTES: usize = 4 << 20;
 /// Bytes of a tensor that its digest looks at, at its beginning, middle and end.
 const DIGEST_SAMPLE_BYTES: usize = 4096;
+/// Where a page is touched, Linux maps what it has of the aligned block of so many bytes around it.
+const MAPPED_TOGETHER: usize = 64 << 10;
+/// Rows that [`Checkpoint::rows`] copies before their pages go.
+const ROWS_TOGETHER: usize = 64;
 
 /// An opened checkpoint directory.
 #[derive(Debug)]
@@ -304,6 +308,26 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Copies the bytes of some rows of a matrix, of which few are resident at a time, wherever they lie.
+    ///
+    /// # Errors
+    /// There is no such tensor, or no such row.
+    pub fn rows(&self, name: &str, rows: &[u32]) -> Result<Vec<u8>> {
+        let table = self.tensor(name)?;
+        let height = table.shape.first().copied().unwrap_or(0);
+        let row_bytes = table.bytes.len() / height.max(1);
+        let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
+        for rows in rows.chunks(ROWS_TOGETHER) {
+            for &row in rows {
+                let begin = row as usize * row_bytes;
+                let row = table.bytes.get(begin..begin + row_bytes);
+                bytes.extend(row.ok_or_else(|| Error::invalid(name, format!("has {height} rows"), ""))?);
+            }
+            self.release(name);
+        }
+        Ok(bytes)
+    }
+
     /// Takes a tensor's pages out of resident memory (they stay in the page cache).
     pub fn release(&self, name: &str) {
         if let Some(entry) = self.tensors.get(name) {
@@ -360,9 +384,12 @@ impl Checkpoint {
     }
 }
 
+/// Releases the pages of `range`, and those that came with them: of many tensors that would be much.
 fn release(map: &Mmap, range: Range<usize>) {
+    let begin = range.start / MAPPED_TOGETHER * MAPPED_TOGETHER;
+    let end = map.len().min(range.end.next_multiple_of(MAPPED_TOGETHER));
     // SAFETY: the map is a read-only view of a file: dropped pages are read again when touched.
-    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
 }
 
 /// Reads a JSON file of bounded size.

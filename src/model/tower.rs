@@ -182,19 +182,15 @@ impl Tower {
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let name = self.embedding_name();
         let table = self.checkpoint.tensor(&name)?;
-        let row_bytes = table.bytes.len() / self.spec.vocab_size;
-        let mut rows = Vec::with_capacity(tokens.len() * row_bytes);
-        for &token in tokens {
-            let begin = token as usize * row_bytes;
-            let row = table.bytes.get(begin..begin + row_bytes).ok_or_else(|| {
-                Error::invalid(
-                    format!("token {token}"),
-                    format!("is outside the vocabulary of {}", self.spec.vocab_size),
-                    "the tokenizer or the token file belongs to another model",
-                )
-            })?;
-            rows.extend_from_slice(row);
+        let vocab = self.spec.vocab_size;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(Error::invalid(
+                format!("token {token}"),
+                format!("is outside the vocabulary of {vocab}"),
+                "the tokenizer or the token file belongs to another model",
+            ));
         }
+        let rows = self.checkpoint.rows(&name, tokens)?;
         let rows = widen(
             &TensorView {
                 bytes: &rows,
@@ -207,11 +203,6 @@ impl Tower {
             Some(scale) => Ok((rows * f64::from(scale))?),
             None => Ok(rows),
         }
-    }
-
-    /// Takes the embedding's pages out of resident memory.
-    pub fn release_embedding(&self) {
-        self.checkpoint.release(&self.embedding_name());
     }
 
     /// A vector in f32 that every norm of the family means by this tensor.

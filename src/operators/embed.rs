@@ -53,6 +53,5 @@ fn fill(local: &Local) -> Result<()> {
                 .put((position, stream, Slot::Residual), &residual)?;
         }
     }
-    shared.tower.release_embedding();
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Predicted bytes of a measurement: two models streamed side by side, block by block, and compared by their logits.
 
+use super::memory::{budget_for, planned_of};
 use super::{Plan, PlannedLinear};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -64,14 +65,16 @@ impl Plan {
         let scored = RESIDUALS * residual + LOGITS_COPIES * LOGITS_BYTES as u64 + HEAD_BYTES;
         let fixed = self.process_bytes(workers) + blocks + workers as u64 * forward.max(scored);
         let limit = memory.unwrap_or(available);
-        let Some(free) = limit.checked_sub(fixed) else {
+        let most = memory.map_or(available, planned_of);
+        let Some(free) = most.checked_sub(fixed) else {
             return Err(Error::usage(
                 "--memory",
                 format!(
                     "{limit} bytes do not hold a block of this model beside the quantized one, by which --average-bits is measured"
                 ),
                 format!(
-                    "the smallest budget that would is {fixed} bytes; fewer --workers or shorter windows need less"
+                    "the smallest budget that would is {} bytes; fewer --workers or shorter windows need less",
+                    budget_for(fixed)
                 ),
             ));
         };

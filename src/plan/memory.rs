@@ -14,6 +14,20 @@ const RESIDENT_BYTES_DEFAULT: u64 = 48 << 20;
 /// few, little beside what a mixture of experts needs to run at all.
 const GROUP_BYTES: u64 = 1 << 30;
 
+/// One part of so many of a declared budget is left to the allocator, for what it keeps of temporaries between two of
+/// [`crate::budget::Budget::take`]: how much that is, the plan cannot tell.
+const ALLOCATOR_PART: u64 = 16;
+
+/// How much of a declared budget is planned for.
+pub(super) fn planned_of(budget: u64) -> u64 {
+    budget - budget / ALLOCATOR_PART
+}
+
+/// The smallest budget of which `bytes` are planned for.
+pub(super) fn budget_for(bytes: u64) -> u64 {
+    bytes + bytes.saturating_sub(1) / (ALLOCATOR_PART - 1)
+}
+
 /// Which graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Graph {
@@ -112,6 +126,7 @@ impl Plan {
     /// The budget holds no step even so.
     pub fn fit(&self, load: &Load, memory: Option<u64>, available: u64) -> Result<Fit> {
         let limit = memory.unwrap_or(available);
+        let most = memory.map_or(available, planned_of);
         let nothing = vec![false; self.steps.len()];
         let mut spilled = nothing.clone();
         for step in 0..self.steps() {
@@ -119,7 +134,7 @@ impl Plan {
             candidates.sort_by_key(|&step| self.needs(load, step, &nothing).matrices);
             loop {
                 let bytes = self.peak(load, step, &spilled);
-                let Some(largest) = (bytes > limit).then(|| candidates.pop()).flatten() else {
+                let Some(largest) = (bytes > most).then(|| candidates.pop()).flatten() else {
                     break;
                 };
                 self.set_spilled(&mut spilled, largest, true);
@@ -133,7 +148,7 @@ impl Plan {
             .map(|step| self.peak(load, step, &spilled))
             .max()
             .unwrap_or(self.process_bytes(load.workers));
-        if fixed > limit {
+        if fixed > most {
             let budget = match memory {
                 Some(_) => format!("{limit} bytes do not"),
                 None => format!("the {limit} bytes that are available do not"),
@@ -144,11 +159,14 @@ impl Plan {
                     "{budget} hold one step of this model with {} workers",
                     load.workers
                 ),
-                format!("the smallest budget that would is {fixed} bytes; fewer --workers need less"),
+                format!(
+                    "the smallest budget that would is {} bytes; fewer --workers need less",
+                    budget_for(fixed)
+                ),
             ));
         }
         let activations = (load.tokens * load.streams * self.token_bytes) as u64;
-        let resident = memory.map_or(RESIDENT_BYTES_DEFAULT, |budget| budget - fixed);
+        let resident = memory.map_or(RESIDENT_BYTES_DEFAULT, |_| most - fixed);
         let resident = resident.min(activations);
         let matrices = |step| {
             self.beside(load.graph, step)

@@ -1,7 +1,7 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
 use super::{FAMILIES, compare, model, read_rows, recipe, text};
-use crate::quantize::run;
+use crate::quantize::{run, without_activations};
 use crate::watch::Watch;
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
@@ -125,7 +125,7 @@ fn an_interrupted_run_continues_to_the_same_bytes() {
         }
         // Other groups of experts: the output does not know of them.
         let fit = job.fit(&job.plan().unwrap().1).unwrap();
-        let memory = Some(fit.peak_host_bytes - fit.resident_activation_bytes);
+        let memory = Some(without_activations(&fit));
         let rest = run(&Job { memory, ..job }).unwrap();
         assert!(rest.resumed_blocks >= 1, "{name}: {}", rest.resumed_blocks);
         assert_eq!(rest.output_digest, whole.output_digest, "{name}");

@@ -1,7 +1,7 @@
 //! Statistics artifacts of mixtures and latent attention: the sums are those of the definition, and add and retract to the byte.
 
 use super::{model, read_rows, recipe, text};
-use crate::quantize::run;
+use crate::quantize::{run, without_activations};
 use candle_core::{DType, Device, Tensor};
 use quantflow::artifact::Artifact;
 use quantflow::calibration::{ContentId, Documents, Placed};
@@ -208,7 +208,7 @@ fn one_artifact_is_solved_by_any_number_of_workers_in_any_groups() {
             };
             if tight {
                 let fit = again.fit(&again.plan().unwrap().1).unwrap();
-                again.memory = Some(fit.peak_host_bytes - fit.resident_activation_bytes);
+                again.memory = Some(without_activations(&fit));
             }
             assert_eq!(
                 run(&again).unwrap().output_digest,
