@@ -43,8 +43,10 @@ impl Chunk {
         let solved = |linear: &&PlannedLinear| linear.to_solve().is_some();
         let linears = local.shared.plan.step_linears(self.step).iter();
         let rows: usize = linears.filter(solved).map(|linear| linear.rows).sum();
-        let own = Some(&local.shared.plan.linears[self.linear]).filter(solved);
-        own.map_or(0.0, |_| self.rows(local).len() as f64 / rows as f64)
+        match local.shared.plan.linears[self.linear].to_solve() {
+            Some(_) => self.rows(local).len() as f64 / rows as f64,
+            None => 0.0,
+        }
     }
 
     /// Its original weights, `[rows, columns]`, on the device where the linear is whole.
@@ -128,14 +130,13 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                         (shared.budget).take("a chunk of weights", shared.plan.chunk_bytes(planned))?,
                         shared.take_panels(chunk.step, 1)?,
                     );
-                    let share = chunk.share(&local);
-                    Ok((work(&local, chunk)?, share))
+                    let (step, share) = (chunk.step, chunk.share(&local));
+                    let made = work(&local, chunk)?;
+                    shared.advance(step, |work| work.solve, share);
+                    Ok(made)
                 });
                 match made {
-                    Some((made, share)) => {
-                        local.shared.advance(*capability.time(), |work| work.solve, share);
-                        output.session(&capability).give(made);
-                    }
+                    Some(made) => output.session(&capability).give(made),
                     None => queue.clear(),
                 }
                 if !queue.is_empty() {

@@ -78,9 +78,8 @@ impl Plan {
                 ),
             ));
         };
-        let resident = RESIDENT_BYTES
-            .min(free)
-            .min(residual_bytes(tokens.sum::<usize>() * streams));
+        let residuals = residual_bytes(tokens.sum::<usize>() * streams);
+        let resident = RESIDENT_BYTES.min(free).min(residuals);
         Ok(MeasurementFit {
             peak_host_bytes: fixed + resident,
             resident_bytes: resident as usize,

@@ -44,6 +44,11 @@ impl Plan {
             + rows * width * width / speed.single_flops;
         let searched = candidates.max(1.0) * quantized().map(weights).sum::<f64>() / speed.searched_weights;
         let forward = |operations: f64| operations / speed.single_flops;
+        let solved = Work {
+            forward: 0.0,
+            factor,
+            solve: swept + searched,
+        };
         match (load.graph, quantized().next().is_some()) {
             (Graph::Statistics { .. }, _) => Work {
                 forward: forward(products + sums),
@@ -55,14 +60,9 @@ impl Plan {
             },
             (Graph::Sequential, true) => Work {
                 forward: forward(products + sums),
-                factor,
-                solve: swept + searched,
+                ..solved
             },
-            (Graph::Solve { .. }, true) => Work {
-                forward: 0.0,
-                factor,
-                solve: swept + searched,
-            },
+            (Graph::Solve { .. }, true) => solved,
             (Graph::DataFree, true) => Work {
                 solve: searched,
                 ..Work::default()
