@@ -6,10 +6,11 @@
 //! ```
 
 use super::run;
-use crate::calibration::{Batch, Calibration};
+use crate::calibration::Calibration;
+use crate::device::{self, Placement};
 use crate::error::{Error, Result};
-use crate::model::{LoadedBlock, Rotary, Source, Tower};
-use crate::numerics::divergence::{Divergence, compare};
+use crate::model::{Linear, LoadedBlock, Rotary, Source};
+use crate::numerics::divergence::{self, Divergence};
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
 use crate::operators::carry::carry;
@@ -30,6 +31,10 @@ use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
 
 /// Activations that stay in memory, over all workers.
 const RESIDENT_BYTES: usize = 256 << 20;
+/// On a device they may take this part of what is free.
+const DEVICE_PART: u64 = 2;
+/// Logits of one model at a time in f32, on a device: large products are fast there, and some copies in f64 have to fit.
+const DEVICE_LOGITS_BYTES: usize = 8 * LOGITS_BYTES;
 
 /// What to compare.
 #[derive(Debug)]
@@ -42,6 +47,8 @@ pub struct Evaluation {
     pub windows: Calibration,
     /// Worker threads.
     pub workers: usize,
+    /// Where tensors are, and who works on them.
+    pub placement: Placement,
 }
 
 /// What was measured; `evaluate --json` prints it.
@@ -65,6 +72,8 @@ pub struct Scores {
     pub elapsed_seconds: f64,
     /// Peak resident bytes of the process.
     pub peak_host_bytes: u64,
+    /// Peak bytes on the device; 0 on a CPU.
+    pub peak_device_bytes: u64,
 }
 
 struct Shared {
@@ -73,6 +82,8 @@ struct Shared {
     windows: Calibration,
     rotary: [Vec<Arc<Rotary>>; 2],
     blocks: Shelf<LoadedBlock>,
+    /// Of both models, on a device.
+    heads: Shelf<[Linear; 2]>,
     observer: Arc<dyn Observer>,
     halt: Arc<Halt>,
 }
@@ -95,8 +106,8 @@ struct WindowScore {
 pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Scores> {
     let begin = Instant::now();
     let models = [
-        Source::open(&job.model, Device::Cpu)?,
-        Source::open(&job.reference, Device::Cpu)?,
+        Source::open(&job.model, job.placement.clone())?,
+        Source::open(&job.reference, job.placement.clone())?,
     ];
     let [model, reference] = [&models[0].tower, &models[1].tower];
     for (what, ours, theirs) in [
@@ -135,14 +146,22 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         windows: job.windows,
         rotary,
         blocks: Shelf::default(),
+        heads: Shelf::default(),
         observer: Arc::clone(observer),
         halt: Arc::clone(halt),
     });
     let (for_workers, gathered) = (Arc::clone(&shared), Arc::clone(&scores));
-    let resident = RESIDENT_BYTES / job.workers;
-    run::on_workers(job.workers, halt, move |worker| {
+    let workers = job.placement.workers(job.workers);
+    let resident = RESIDENT_BYTES / workers;
+    let on_device = match job.placement.on_device {
+        true => (job.placement.available_bytes() / DEVICE_PART) as usize,
+        false => 0,
+    };
+    let placement = job.placement.clone();
+    run::on_workers(workers, halt, move |worker| {
         let folder = std::env::temp_dir();
-        let mut store = ActivationStore::new(&folder, resident, Precision::F32);
+        let mut store = ActivationStore::new(&folder, resident, Precision::F32)
+            .with_device(placement.device.clone(), on_device);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.batches.len()).collect(),
@@ -170,6 +189,7 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     let mut scores = summarize(windows)?;
     scores.elapsed_seconds = begin.elapsed().as_secs_f64();
     scores.peak_host_bytes = system::peak_host_bytes();
+    scores.peak_device_bytes = job.placement.peak_bytes();
     Ok(scores)
 }
 
@@ -198,8 +218,7 @@ fn step(
     }
     match &residuals[..] {
         [model, reference] => {
-            let [ours, theirs] = [&shared.models[0].tower, &shared.models[1].tower];
-            let windows = score(batch, position, (ours, model), (theirs, reference))?;
+            let windows = score(shared, position, model, reference)?;
             Ok(windows.into_iter().map(Err).collect())
         }
         _ => Ok(vec![Ok(position)]),
@@ -207,31 +226,42 @@ fn step(
 }
 
 /// Compares every position of a batch's windows but each last one, whose next token is not known.
-fn score(
-    batch: &Batch,
-    position: usize,
-    model: (&Tower, &Tensor),
-    reference: (&Tower, &Tensor),
-) -> Result<Vec<WindowScore>> {
-    let length = batch.length;
-    let vocab = model.0.spec.vocab_size;
-    let rows_max = (LOGITS_BYTES / 4 / vocab).max(1);
+fn score(shared: &Shared, position: usize, model: &Tensor, reference: &Tensor) -> Result<Vec<WindowScore>> {
+    let batch = &shared.windows.batches[position];
+    let [ours, theirs] = [&shared.models[0].tower, &shared.models[1].tower];
+    let (length, vocab) = (batch.length, ours.spec.vocab_size);
+    let heads = match ours.placement().on_device {
+        true => Some((shared.heads).get(0, 1, || Ok([ours.head()?, theirs.head()?]))?),
+        false => None,
+    };
+    // Of positions from `begin` on of the whole batch, each with its target.
+    let compare = |begin: usize, targets: &[u32]| -> Result<Vec<Divergence>> {
+        let rows = |residual: &Tensor| residual.narrow(0, begin, targets.len());
+        if let Some(heads) = &heads {
+            let ours = ours.logits_by(&heads[0], &rows(model)?)?;
+            let theirs = theirs.logits_by(&heads[1], &rows(reference)?)?;
+            return Ok(device::divergence::compare(&theirs, &ours, targets)?);
+        }
+        let values = |logits: Tensor| logits.flatten_all()?.to_vec1::<f32>();
+        let (ours, theirs) = (ours.logits(&rows(model)?)?, theirs.logits(&rows(reference)?)?);
+        let (ours, theirs) = (values(ours)?, values(theirs)?);
+        let pairs = theirs.chunks_exact(vocab).zip(ours.chunks_exact(vocab));
+        let positions = pairs.zip(targets);
+        Ok(positions
+            .map(|((r, m), &target)| divergence::compare(r, m, target as usize))
+            .collect())
+    };
+    let bytes = if heads.is_some() {
+        DEVICE_LOGITS_BYTES
+    } else {
+        LOGITS_BYTES
+    };
+    let rows_max = (bytes / 4 / vocab).max(1);
     let mut windows = Vec::new();
     for (number, tokens) in batch.tokens.chunks_exact(length).enumerate() {
         let mut all: Vec<Divergence> = Vec::with_capacity(length - 1);
-        for begin in (0..length - 1).step_by(rows_max) {
-            let rows = rows_max.min(length - 1 - begin);
-            let logits = |(tower, residual): (&Tower, &Tensor)| -> Result<Vec<f32>> {
-                let rows = residual.narrow(0, number * length + begin, rows)?;
-                Ok(tower.logits(&rows)?.flatten_all()?.to_vec1()?)
-            };
-            let (ours, theirs) = (logits(model)?, logits(reference)?);
-            let targets = &tokens[begin + 1..];
-            let pairs = theirs
-                .chunks_exact(vocab)
-                .zip(ours.chunks_exact(vocab))
-                .zip(targets);
-            all.extend(pairs.map(|((r, m), &target)| compare(r, m, target as usize)));
+        for targets in tokens[1..].chunks(rows_max) {
+            all.extend(compare(number * length + all.len(), targets)?);
         }
         windows.push(WindowScore {
             window: (position, number),
@@ -284,6 +314,7 @@ fn summarize(mut windows: Vec<WindowScore>) -> Result<Scores> {
         tokens: kl.len() as u64,
         elapsed_seconds: 0.0,
         peak_host_bytes: 0,
+        peak_device_bytes: 0,
     })
 }
 

@@ -15,7 +15,7 @@ use crate::operators::local::Output;
 use crate::operators::{Halt, Pass, Shared};
 use crate::plan::{Fit, Graph, Load, Plan};
 use crate::recipe::{Damping, Method, Recipe};
-use crate::report::{Clock, Observer};
+use crate::report::Observer;
 use crate::storage::{self, FolderLock};
 use crate::system;
 use serde::Serialize;
@@ -106,7 +106,7 @@ pub struct Summary {
     pub output_digest: String,
     /// What the calibration used and left out.
     pub calibration: Usage,
-    /// Seconds by operator: see [`Clock`].
+    /// Seconds by operator: see [`crate::report::Clock`].
     pub operators: BTreeMap<&'static str, f64>,
 }
 
@@ -138,14 +138,6 @@ impl Job {
         Ok((tower, plan))
     }
 
-    /// Workers of the dataflow: on a device one, which does no more than to keep the device busy.
-    pub fn dataflow_workers(&self) -> usize {
-        match self.placement.on_device {
-            true => 1,
-            false => self.workers,
-        }
-    }
-
     /// What the run carries.
     pub fn load(&self) -> Load {
         let graph = match (self.recipe.method, &self.statistics) {
@@ -158,7 +150,7 @@ impl Job {
         let tokens = self.calibration.batches.iter().map(|batch| batch.tokens.len());
         Load {
             graph,
-            workers: self.dataflow_workers(),
+            workers: self.placement.workers(self.workers),
             batch_tokens: self.calibration.batch_tokens_max().max(PROBE_TOKENS),
             tokens: tokens.sum(),
             streams: 1 + usize::from(graph == Graph::Sequential && self.recipe.match_original > 0.0),
@@ -172,8 +164,7 @@ impl Job {
     pub fn fit(&self, plan: &Plan) -> Result<Fit> {
         let load = self.load();
         let fit = plan.fit(&load, self.memory, system::available_host_bytes())?;
-        let available = || self.placement.available_bytes();
-        plan.fit_device(fit, self.device_memory.unwrap_or_else(available))
+        plan.fit_device(fit, self.device_memory, &self.placement)
     }
 
     /// Tokens behind the statistics.
@@ -297,10 +288,6 @@ pub(super) fn run(
             2 => Pass::Both,
             _ => Pass::Quantized,
         },
-        clock: match job.placement.on_device {
-            true => Clock::wall(),
-            false => Clock::default(),
-        },
         ..Shared::new((tower, length), (plan, fit), scratch, output, observer, halt)?
     });
     if resumed_blocks < shared.plan.blocks() {
@@ -341,6 +328,8 @@ pub fn collected(
             workers: job.workers,
             memory: job.memory,
             scratch: job.scratch.clone(),
+            placement: job.placement.clone(),
+            device_memory: job.device_memory,
             ..statistics::Job::new(job.model.clone(), folder.clone(), Change::Collect, documents)
         };
         statistics::update(&collect, observer, halt)?;
@@ -448,7 +437,7 @@ fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    workers::with_locals(job.dataflow_workers(), shared, move |worker, local| {
+    workers::with_locals(shared.fit.load.workers, shared, move |worker, local| {
         match (method, &statistics) {
             (Method::Rtn, _) => data_free::run(worker, local),
             (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),

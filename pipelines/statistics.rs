@@ -24,11 +24,11 @@ use crate::calibration::{
     self, Batch, ContentId, Documents, PROBE_TOKENS, Placed, Tokens, Usage, tokenizer_digest,
 };
 use crate::checkpoint::hex;
+use crate::device::Placement;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::Record;
 use crate::memory::Room;
 use crate::model::Tower;
-use crate::numerics;
 use crate::operators::accumulate::accumulate;
 use crate::operators::embed::embed;
 use crate::operators::forward::forward;
@@ -41,7 +41,6 @@ use crate::plan::{Graph, Load, Plan};
 use crate::report::Observer;
 use crate::storage::{self, FolderLock};
 use crate::system;
-use candle_core::Device;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,6 +86,10 @@ pub struct Job {
     pub scratch: Option<PathBuf>,
     /// Forget an unfinished change; with [`Change::Collect`], an earlier artifact, too.
     pub fresh: bool,
+    /// Where tensors are, and who works on them.
+    pub placement: Placement,
+    /// Budget on the device; `None` for what it has free.
+    pub device_memory: Option<u64>,
 }
 
 impl Job {
@@ -103,6 +106,8 @@ impl Job {
             memory: None,
             scratch: None,
             fresh: false,
+            placement: Placement::cpu(),
+            device_memory: None,
         }
     }
 }
@@ -130,13 +135,17 @@ pub struct Summary {
     pub cpu_seconds: f64,
     /// Peak resident bytes of the process.
     pub peak_host_bytes: u64,
+    /// Peak bytes on the device; 0 on a CPU.
+    pub peak_device_bytes: u64,
     /// What the plan predicted.
     pub plan_peak_host_bytes: u64,
+    /// What the plan predicted for the device.
+    pub plan_peak_device_bytes: u64,
     /// The most that operators had asked for at a time: the plan's promise is that it is no more than that.
     pub asked_peak_host_bytes: u64,
     /// What was read and what was left out.
     pub calibration: Usage,
-    /// CPU seconds by operator.
+    /// Seconds by operator: see [`crate::report::Clock`].
     pub operators: BTreeMap<&'static str, f64>,
 }
 
@@ -166,7 +175,7 @@ fn build(worker: &mut Worker, local: &Rc<Local>, artifact: &Arc<Artifact>, work:
 /// it was, and the same job continues where this one stopped.
 pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<Summary> {
     let begin = (Instant::now(), system::process_cpu());
-    let tower = Tower::open(&job.model, Device::Cpu)?;
+    let tower = Tower::open(&job.model, job.placement.clone())?;
     let mut plan = Plan::for_statistics(&tower, job.all_experts)?;
     let mut artifact = open(job, origin(&tower, job)?)?;
     plan.recipe.all_experts = artifact.header.origin.all_experts;
@@ -184,14 +193,15 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         graph: Graph::Statistics {
             held_out: artifact.header.origin.holds_out(),
         },
-        workers: job.workers,
+        workers: job.placement.workers(job.workers),
         batch_tokens: tokens.iter().copied().max().unwrap_or(0).max(PROBE_TOKENS),
         tokens: tokens.iter().sum(),
         streams: 1,
     };
     plan.group_experts(job.memory, &load);
     let fit = plan.fit(&load, job.memory, system::available_host_bytes())?;
-    let plan_peak = fit.peak_host_bytes;
+    let fit = plan.fit_device(fit, job.device_memory, &job.placement)?;
+    let planned = (fit.peak_host_bytes, fit.peak_device_bytes);
     let work = job.folder.join(WORK_FOLDER);
     if job.fresh {
         storage::remove(&work)?;
@@ -210,7 +220,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     if resumed_blocks < shared.plan.blocks() && !shared.batches.is_empty() {
         shared.begin("statistics", shared.plan.block_steps(resumed_blocks).start);
         let (base, folder) = (Arc::new(artifact.clone()), work.clone());
-        run::with_locals(job.workers, &shared, move |worker, local| {
+        run::with_locals(load.workers, &shared, move |worker, local| {
             build(worker, local, &base, &folder);
         })?;
     }
@@ -229,7 +239,9 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         elapsed_seconds: begin.0.elapsed().as_secs_f64(),
         cpu_seconds: (system::process_cpu() - begin.1).as_secs_f64(),
         peak_host_bytes: system::peak_host_bytes(),
-        plan_peak_host_bytes: plan_peak,
+        peak_device_bytes: job.placement.peak_bytes(),
+        plan_peak_host_bytes: planned.0,
+        plan_peak_device_bytes: planned.1,
         asked_peak_host_bytes: shared.budget.peak(),
         calibration: job.documents.usage.clone(),
         operators: shared.clock.seconds(),
@@ -336,7 +348,7 @@ fn origin(tower: &Tower, job: &Job) -> Result<Origin> {
         model: tower.checkpoint.digest(),
         tokenizer: tokenizer.then(|| tokenizer_digest(model)).transpose()?,
         prefix: FULL_PRECISION.into(),
-        arithmetic: numerics::arithmetic(),
+        arithmetic: tower.placement().arithmetic(),
         probe_tokens: PROBE_TOKENS,
         held_out: job.held_out,
         all_experts: job.all_experts,

@@ -86,6 +86,7 @@ pub fn sweep(
                 reference: job.model.clone(),
                 windows: windows.clone(),
                 workers: job.workers,
+                placement: job.placement.clone(),
             };
             evaluate(job, observer, halt)
         });

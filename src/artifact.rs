@@ -191,7 +191,7 @@ impl Header {
                 return Err(Error::invalid(
                     subject,
                     format!("was made with another {what} ({own:.16} here, {other:.16} there)"),
-                    "statistics add up only for the same model, tokenizer and kind of processor; collect them anew",
+                    "statistics add up only for the same model, tokenizer and kind of processor (--device); collect them anew",
                 ));
             }
         }
@@ -271,10 +271,12 @@ impl Artifact {
         if exponents.is_empty() {
             return Err(damaged(&path, "has a site without channels"));
         }
+        let tokens = i64::try_from(tokens(&path, &tensors, site)?)
+            .map_err(|_| damaged(&path, "has more tokens than there can be"))?;
         SiteStatistics::from_panels(
             Exponents::from_values(exponents),
             self.header.origin.products(),
-            tokens(&path, &tensors, site)?,
+            tokens,
             room,
             |product, first_row, sums| {
                 let name = panel_name(site, product, first_row);

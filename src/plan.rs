@@ -370,8 +370,7 @@ impl Plan {
     pub fn block_sites(&self, block: usize) -> Vec<(SiteKind, usize)> {
         let leading = self.block_steps(block).filter(|step| self.leads(*step));
         let sites = leading.flat_map(|step| {
-            let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
-            let sites = self.step_sites(step).iter();
+            let (sites, width) = (self.step_sites(step).iter(), self.width(step));
             sites.map(move |&site| (site, width))
         });
         sites.collect()
@@ -404,6 +403,11 @@ impl Plan {
     /// The linears of a step.
     pub fn step_linears(&self, step: u64) -> &[PlannedLinear] {
         &self.linears[self.steps[step as usize].linears.clone()]
+    }
+
+    /// Channels of a step's input.
+    pub fn width(&self, step: u64) -> usize {
+        self.step_linears(step).first().map_or(0, |linear| linear.columns)
     }
 
     /// All linears, for the output's config.

@@ -1,6 +1,8 @@
 //! What runs on a device: each program against the CPU's own kernels, and whole runs. All of it runs on the CPU, operation for operation, and
 //! again on a CUDA device where this build and this machine have one.
 
+mod artifacts;
+
 use crate::mixtures;
 use crate::quantize::{job, run};
 use crate::reference;

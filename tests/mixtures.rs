@@ -10,6 +10,7 @@ use crate::families::fixtures;
 use crate::quantize::run;
 use candle_core::{DType, Device};
 use quantflow::calibration::{Calibration, batches};
+use quantflow::device::Placement;
 use quantflow::operators::Halt;
 use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate, write_logits};
 use quantflow::pipelines::quantize::{Job, REPORT};
@@ -115,6 +116,7 @@ pub(crate) fn compare(model: &Path, reference: &Path, windows: Calibration, work
         reference: reference.to_owned(),
         windows,
         workers,
+        placement: Placement::cpu(),
     };
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     evaluate(job, &observer, &Arc::<Halt>::default()).unwrap()

@@ -3,6 +3,7 @@
 use crate::watch::Watch;
 use candle_core::{Device, Tensor};
 use quantflow::calibration::{self, Calibration, Source};
+use quantflow::device::Placement;
 use quantflow::error::{Error, Result};
 use quantflow::pipelines::evaluate::{Evaluation, evaluate};
 use quantflow::pipelines::quantize::{Job, Summary, quantize};
@@ -21,7 +22,7 @@ fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-vl")
 }
 
-fn calibrate(samples: usize, length: usize) -> Calibration {
+pub(crate) fn calibrate(samples: usize, length: usize) -> Calibration {
     let source = Source {
         names: vec![fixture().join("data/text_calib.jsonl").display().to_string()],
         samples,
@@ -274,6 +275,7 @@ fn every_format_and_method_is_verified_and_better_than_nothing() {
             reference: fixture().join("model"),
             windows,
             workers: 2,
+            placement: Placement::cpu(),
         };
         let observer: Arc<dyn Observer> = Arc::new(Silent);
         let scores = evaluate(job, &observer, &Arc::default()).unwrap();

@@ -29,7 +29,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// Rows of the calibration text as a file of their own.
-fn rows(folder: &Path, name: &str, rows: std::ops::Range<usize>) -> PathBuf {
+pub(crate) fn rows(folder: &Path, name: &str, rows: std::ops::Range<usize>) -> PathBuf {
     let text = std::fs::read_to_string(fixture("data/text_calib.jsonl")).unwrap();
     let lines: Vec<&str> = text.lines().skip(rows.start).take(rows.len()).collect();
     assert_eq!(lines.len(), rows.len());
@@ -48,14 +48,14 @@ fn read(files: &[&Path]) -> Documents {
     calibration::documents(&source, &fixture("model"), 2048).unwrap()
 }
 
-fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
+pub(crate) fn job(change: Change, folder: &Path, files: &[&Path]) -> Job {
     Job {
         workers: 2,
         ..Job::new(fixture("model"), folder.to_owned(), change, read(files))
     }
 }
 
-fn run(job: &Job) -> Result<Summary> {
+pub(crate) fn run(job: &Job) -> Result<Summary> {
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     let summary = update(job, &observer, &Arc::default())?;
     let (asked, planned) = (summary.asked_peak_host_bytes, summary.plan_peak_host_bytes);
@@ -67,7 +67,7 @@ fn run(job: &Job) -> Result<Summary> {
 }
 
 /// Every file of an artifact but its header, whose source numbers tell the order of the changes.
-fn sums(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn sums(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path());

@@ -152,7 +152,7 @@ pub(super) struct ResourceArguments {
     /// Where activations and large matrices go that do not fit; default: the output directory
     #[arg(long, value_name = "DIR", help_heading = "Resources")]
     pub scratch: Option<PathBuf>,
-    /// auto, cpu, cuda or cuda:1; auto is the first CUDA device of a build with one, else the CPU. quantize and solve run there
+    /// auto, cpu, cuda or cuda:1; auto is the first CUDA device of a build with one, else the CPU
     #[arg(
         long,
         default_value = "auto",
@@ -423,6 +423,9 @@ pub(super) struct EvaluateArguments {
     /// Only the first N windows
     #[arg(long, value_name = "N")]
     pub windows: Option<usize>,
+    /// auto, cpu, cuda or cuda:1; auto is the first CUDA device of a build with one, else the CPU
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceChoice,
     /// Worker threads; default: one a core
     #[arg(long, value_name = "N")]
     pub workers: Option<usize>,

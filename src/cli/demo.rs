@@ -65,6 +65,7 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
             reference: model.clone(),
             windows,
             workers: job.workers,
+            placement: job.placement.clone(),
         };
         let scores = evaluate(evaluation, &observer, halt)?;
         table.push(format!(

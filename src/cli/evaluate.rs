@@ -5,6 +5,7 @@ use super::quantize::vocab_size;
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
 use crate::calibration::{self, Calibration};
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::operators::Halt;
 use crate::pipelines::evaluate::{Evaluation, evaluate, write_logits};
@@ -54,6 +55,7 @@ pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Out
         reference: arguments.reference.clone(),
         windows,
         workers: workers(arguments.workers)?,
+        placement: Placement::open(arguments.device)?,
     };
     let scores = evaluate(job, &progress::observer(false), halt)?;
     if arguments.json {

@@ -101,7 +101,7 @@ pub(super) fn run(arguments: &QuantizeArguments) -> Result<Outcome> {
     println!(
         "peak memory   {} predicted, with {} workers",
         bytes(fit.peak_host_bytes),
-        job.dataflow_workers()
+        job.load().workers
     );
     if job.placement.on_device {
         println!("on device     {} predicted", bytes(fit.peak_device_bytes));

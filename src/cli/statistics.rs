@@ -9,6 +9,7 @@ use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Documents};
+use crate::device::{DeviceChoice, Placement};
 use crate::error::Result;
 use crate::operators::Halt;
 use crate::pipelines::statistics::{Change, Job, merge_artifacts, update};
@@ -29,7 +30,9 @@ fn collect(arguments: &CollectArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     let job = Job {
         held_out: arguments.held_out,
         all_experts: arguments.all_experts,
-        workers: on_cpu(&arguments.resources)?,
+        placement: arguments.resources.placement()?,
+        workers: arguments.resources.workers()?,
+        device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
@@ -45,7 +48,9 @@ fn collect(arguments: &CollectArguments, halt: &Arc<Halt>) -> Result<Outcome> {
 
 fn change(arguments: &ChangeArguments, change: Change, halt: &Arc<Halt>) -> Result<Outcome> {
     let job = Job {
-        workers: on_cpu(&arguments.resources)?,
+        placement: placement_of(&arguments.statistics, &arguments.resources)?,
+        workers: arguments.resources.workers()?,
+        device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
         scratch: arguments.resources.scratch.clone(),
         fresh: arguments.fresh,
@@ -59,18 +64,22 @@ fn change(arguments: &ChangeArguments, change: Change, halt: &Arc<Halt>) -> Resu
     carry_out(&job, arguments.json, halt)
 }
 
+/// `--device auto` goes on where the artifact was begun, as far as that is the CPU: what others sum does not add up with it.
+fn placement_of(artifact: &Path, resources: &ResourceArguments) -> Result<Placement> {
+    let begun = Artifact::open(artifact)?.header.origin.arithmetic;
+    let cpu = Placement::cpu();
+    match resources.device {
+        DeviceChoice::Auto if begun == cpu.arithmetic() => Ok(cpu),
+        _ => resources.placement(),
+    }
+}
+
 pub(super) fn documents(arguments: &CalibrationArguments, model: &Path) -> Result<Documents> {
     let vocab_size = vocab_size(model)?;
     match &arguments.calibration_tokens {
         Some(file) => calibration::documents_from_npy(file, vocab_size),
         None => calibration::documents(&source(arguments)?, model, vocab_size),
     }
-}
-
-/// Worker threads, and no device: sums are those of one kind of processor.
-fn on_cpu(resources: &ResourceArguments) -> Result<usize> {
-    resources.cpu("statistics")?;
-    resources.workers()
 }
 
 fn carry_out(job: &Job, json: bool, halt: &Arc<Halt>) -> Result<Outcome> {
@@ -103,6 +112,13 @@ fn carry_out(job: &Job, json: bool, halt: &Arc<Halt>) -> Result<Outcome> {
         bytes(summary.peak_host_bytes),
         bytes(summary.plan_peak_host_bytes)
     );
+    if summary.plan_peak_device_bytes > 0 {
+        println!(
+            "  on device    {} ({} planned)",
+            bytes(summary.peak_device_bytes),
+            bytes(summary.plan_peak_device_bytes)
+        );
+    }
     print_content(&Artifact::open(&job.folder)?);
     println!(
         "\nnext:  quantflow solve {} --statistics {} -o OUT",

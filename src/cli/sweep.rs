@@ -31,8 +31,9 @@ pub(super) fn run(arguments: &SweepArguments, halt: &Arc<Halt>) -> Result<Outcom
     let job = Sweep {
         base: Job {
             statistics: Some(Arc::new(artifact)),
-            placement: arguments.resources.cpu("sweep")?,
+            placement: arguments.resources.placement()?,
             workers: arguments.resources.workers()?,
+            device_memory: arguments.resources.device_memory,
             memory: arguments.resources.memory,
             scratch: arguments.resources.scratch.clone(),
             ..Job::new(arguments.model.clone(), output, recipe)

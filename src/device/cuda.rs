@@ -416,6 +416,12 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
         .w()
 }
 
+/// As its maker calls it.
+pub(crate) fn name(device: &CudaDevice) -> String {
+    let name = device.cuda_stream().context().name();
+    name.unwrap_or_else(|_| "a CUDA device".into())
+}
+
 /// Bytes that nobody has taken, or that this process holds ready.
 pub(crate) fn free_bytes(device: &CudaDevice) -> u64 {
     let stream = device.cuda_stream();

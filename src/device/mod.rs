@@ -7,6 +7,7 @@
 pub mod attention;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod divergence;
 pub mod factor;
 pub mod matrix;
 mod placement;

@@ -1,6 +1,7 @@
 //! Which device a run uses.
 
 use crate::error::{Error, Result};
+use crate::numerics;
 use candle_core::{DType, Device};
 use safetensors::Dtype;
 use std::str::FromStr;
@@ -83,6 +84,24 @@ impl Placement {
                 let hint = "use --device cpu, or --device auto, which takes what is there";
                 Error::usage("--device", format!("cuda:{index} cannot be used: {why}"), hint)
             }),
+        }
+    }
+
+    /// Workers of a dataflow whose work is done here, where `wanted` were asked for: on a device one, which does no more than to keep it busy.
+    pub fn workers(&self, wanted: usize) -> usize {
+        match self.on_device {
+            true => 1,
+            false => wanted,
+        }
+    }
+
+    /// What rounds alike: sums whose batches were run by the same are the same bits.
+    pub fn arithmetic(&self) -> String {
+        match (&self.device, self.on_device) {
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), _) => super::cuda::name(device),
+            (_, true) => format!("as on a device, {}", numerics::arithmetic()),
+            _ => numerics::arithmetic(),
         }
     }
 

@@ -194,11 +194,10 @@ impl Sums {
     /// `room` has none left, or the device fails.
     pub fn to_statistics(&self, room: &Room) -> Result<SiteStatistics> {
         let (products, width) = (self.products.keys().copied().collect::<Vec<_>>(), self.width());
-        let tokens = u64::try_from(self.tokens()).unwrap_or(0);
         SiteStatistics::from_panels(
             self.exponents.clone(),
             &products,
-            tokens,
+            self.tokens(),
             room,
             |product, first, values| {
                 let sums = &self.products[&product];

@@ -368,7 +368,26 @@ impl Tower {
         let normed = self.final_norm(residual)?;
         let name = self.head_name();
         let panels = self.panels(&name, |weight| Ok(normed.matmul(&weight.t()?)?))?;
-        let logits = Tensor::cat(&panels, 1)?;
+        self.cap(Tensor::cat(&panels, 1)?)
+    }
+
+    /// The whole head, for [`Self::logits_by`]: where many residuals are compared on a device, which would else be sent it for each.
+    ///
+    /// # Errors
+    /// It cannot be read, or the device has no memory left.
+    pub fn head(&self) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.weight(&self.head_name())?,
+            bias: None,
+        })
+    }
+
+    /// As [`Self::logits`], by the head that [`Self::head`] gave.
+    pub fn logits_by(&self, head: &Linear, residual: &Tensor) -> Result<Tensor> {
+        self.cap(head.forward(&self.final_norm(residual)?)?)
+    }
+
+    fn cap(&self, logits: Tensor) -> Result<Tensor> {
         match self.spec.final_softcap {
             Some(cap) => Ok(((logits / f64::from(cap))?.tanh()? * f64::from(cap))?),
             None => Ok(logits),

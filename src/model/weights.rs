@@ -206,7 +206,7 @@ impl Tower {
     }
 
     /// A weight of its own tensor, as narrow as it is stored.
-    fn weight(&self, name: &str) -> Result<Weight> {
+    pub(super) fn weight(&self, name: &str) -> Result<Weight> {
         let on_device = self.placement().on_device;
         if self.reader_of(name).is_some() && !on_device {
             let weight = match self.read(name)? {

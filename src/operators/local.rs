@@ -169,7 +169,7 @@ pub struct Shared {
     pub output: Output,
     /// Where progress goes.
     pub observer: Arc<dyn Observer>,
-    /// CPU time by operator.
+    /// Time by operator.
     pub clock: Clock,
     /// Stops the run.
     pub halt: Arc<Halt>,
@@ -189,6 +189,10 @@ impl Shared {
         halt: &Arc<Halt>,
     ) -> Result<Self> {
         let budget = Budget::new(fit.limit);
+        let clock = match tower.placement().on_device {
+            true => Clock::wall(),
+            false => Clock::default(),
+        };
         Ok(Self {
             rotary: tower.rotary(length.max(PROBE_TOKENS))?,
             probe: calibration::probe(tower.spec.vocab_size, PROBE_TOKENS),
@@ -204,7 +208,7 @@ impl Shared {
             budget,
             output,
             observer: Arc::clone(observer),
-            clock: Clock::default(),
+            clock,
             halt: Arc::clone(halt),
         })
     }

@@ -49,7 +49,7 @@ impl Plan {
     /// What a batch of so many tokens takes on its way to the inputs of a step, in each of `streams` forward passes, until it is summed.
     pub fn batch_bytes(&self, step: u64, tokens: usize, streams: usize) -> u64 {
         let (tokens, streams) = (tokens as u64, streams as u64);
-        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns) as u64;
+        let width = self.width(step) as u64;
         if self.device_weight_bytes.is_some() {
             return tokens * width * 4;
         }
@@ -101,7 +101,7 @@ impl Plan {
 
     /// What a kernel has resident of a matrix in scratch files, at a time.
     pub fn panel_bytes(&self, step: u64) -> u64 {
-        let width = self.step_linears(step).first().map_or(0, |linear| linear.columns);
+        let width = self.width(step);
         (PANEL_ROWS.min(width) * width * 8) as u64
     }
 

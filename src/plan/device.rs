@@ -1,6 +1,7 @@
 //! Predicted bytes of a run on a device: see [`crate::device`].
 
 use super::{Fit, Graph, Load, Plan, PlannedLinear};
+use crate::device::Placement;
 use crate::device::solver::rows_at_a_time;
 use crate::device::sums::PANEL_ROWS;
 use crate::error::{Error, Result};
@@ -11,14 +12,15 @@ const BASE_BYTES: u64 = 768 << 20;
 const SOLVER_MATRICES: u64 = 12;
 
 impl Plan {
-    /// Fits what is on the device into `memory` bytes there; activations have what the largest step leaves.
+    /// Fits what is on the device into `memory` bytes there, or else into what it has free; activations have what the largest step leaves.
     ///
     /// # Errors
     /// They hold no step.
-    pub fn fit_device(&self, fit: Fit, memory: u64) -> Result<Fit> {
+    pub fn fit_device(&self, fit: Fit, memory: Option<u64>, placement: &Placement) -> Result<Fit> {
         let Some(weight_bytes) = self.device_weight_bytes else {
             return Ok(fit);
         };
+        let memory = memory.unwrap_or_else(|| placement.available_bytes());
         let load = &fit.load;
         let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
         let fixed = BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
@@ -48,37 +50,44 @@ impl Plan {
 fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let recipe = &plan.recipe;
     let matching = load.streams as u64 - 1;
-    let held_out = u64::from(matches!(load.graph, Graph::Solve { held_out: true }));
+    let held_out = match load.graph {
+        Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
+        Graph::Sequential | Graph::DataFree => 0,
+    };
     let weights = |linears: &[PlannedLinear]| -> u64 {
         let elements = linears.iter().map(|linear| (linear.rows * linear.columns) as u64);
         elements.sum::<u64>() * weight_bytes
     };
     let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
-    let width = linears.first().map_or(0, |linear| linear.columns) as u64;
+    let width = plan.width(step) as u64;
     let sites = plan.step_sites(step).len() as u64;
     let square = width * width * 8;
     let held = (weights(linears) + weights(before)) * (1 + matching);
-    let (sums, factors) = match load.graph {
-        Graph::DataFree => (0, 0),
-        _ => (
-            sites * square * (1 + matching + held_out),
-            sites
-                * square
-                * (recipe.damp_percent.candidates().len() as u64
-                    + u64::from(recipe.refine_rounds() > 0)
-                    + matching
-                    + held_out),
-        ),
+    let sums = match load.graph {
+        Graph::DataFree => 0,
+        _ => sites * square * (1 + matching + held_out),
+    };
+    let factors = match load.graph {
+        Graph::DataFree | Graph::Statistics { .. } => 0,
+        _ => {
+            let kept = recipe.damp_percent.candidates().len() as u64 + u64::from(recipe.refine_rounds() > 0);
+            sites * square * (kept + matching + held_out)
+        }
     };
     // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
     let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
     let batch = load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + PANEL_ROWS as u64 * width * 4;
-    let rows = linears
-        .iter()
-        .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
-        .max();
-    let matrices = SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
-    // L in single precision, for the energy.
-    let solve = factors + matrices + square / 2;
+    let solve = match load.graph {
+        Graph::Statistics { .. } => 0,
+        _ => {
+            let rows = linears
+                .iter()
+                .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
+                .max();
+            let matrices = SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
+            // L in single precision, for the energy.
+            factors + matrices + square / 2
+        }
+    };
     held + (batch + sums).max(sums + factors).max(solve)
 }

@@ -243,15 +243,18 @@ impl Plan {
             ]
             .into_iter()
             .fold(0, u64::max),
-            // Sums that the artifact holds are read, a site at a time.
-            Graph::Statistics { .. } => own.forward + own.sums / self.step_sites(step).len() as u64,
+            Graph::Statistics { .. } => own.forward + own.passing,
             // The next step is begun, and may be as far, while this one is solved and packed.
             Graph::DataFree | Graph::Solve { .. } => {
                 let next = (step + 1 < self.steps()).then(|| self.needs(load, step + 1, spilled));
-                let (beside, chunks) = next.map_or((0, 0), |next| {
-                    (next.factor.max(next.solve).max(next.pack), next.chunks)
+                let (beside, chunks, passing) = next.map_or((0, 0, 0), |next| {
+                    (
+                        next.factor.max(next.solve).max(next.pack),
+                        next.chunks,
+                        next.passing,
+                    )
                 });
-                own.solve.max(own.pack) + beside + own.chunks.max(chunks)
+                own.solve.max(own.pack) + beside + own.chunks.max(chunks) + own.passing.max(passing)
             }
         };
         self.process_bytes(load.workers) + bytes
@@ -264,8 +267,8 @@ impl Plan {
 
 /// Bytes that a step has resident in each of its phases, activations between steps aside.
 struct Needs {
-    /// Exact sums.
-    sums: u64,
+    /// Exact sums on their way from or to an artifact, besides those that are counted otherwise.
+    passing: u64,
     /// The weights that carry the batches here, a batch a worker on its way, the sums.
     forward: u64,
     /// Sums in f64, factors, and what is kept of both.
@@ -349,7 +352,7 @@ impl Needs {
         };
         // Of matrices: those on a device take nothing here.
         let width_of = |step: u64| match plan.device_weight_bytes {
-            None => plan.step_linears(step).first().map_or(0, |linear| linear.columns),
+            None => plan.width(step),
             Some(_) => 0,
         };
         let width = width_of(step);
@@ -398,15 +401,27 @@ impl Needs {
             of_solve
         };
         let solve = held + of_solve + own + codes;
+        // A site at a time: what an artifact holds already is read to be added; what is on a device comes from there, or goes there.
+        let passing = match (plan.device_weight_bytes, load.graph) {
+            (None, Graph::Statistics { .. }) | (Some(_), Graph::Solve { .. }) => 1,
+            (Some(_), Graph::Statistics { .. }) => 2,
+            _ => 0,
+        };
+        let site = elements(Shape::Upper, plan.width(step)) * (1 + held_out);
+        let passing_whole = if leads { passing * site } else { 0 };
         Self {
-            sums: of_sums,
+            passing: if in_files(step) {
+                passing * panel
+            } else {
+                passing_whole
+            },
             forward: held + weights(plan.carriers(step)) + workers * batch + of_sums.max(read),
             factor: held + of_factor,
             solve,
             chunks: workers * chunk,
             pack: held + own + codes + together + packed,
             install: held + codes + plan.held(linears, installed) + own * matching,
-            matrices: sums.max(factored),
+            matrices: sums.max(factored) + passing_whole,
         }
     }
 }

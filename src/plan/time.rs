@@ -27,7 +27,7 @@ impl Plan {
     pub fn work(&self, load: &Load, speed: Speed, step: u64) -> Work {
         let recipe = &self.recipe;
         let linears = self.step_linears(step);
-        let width = linears.first().map_or(0, |linear| linear.columns) as f64;
+        let width = self.width(step) as f64;
         let quantized = || linears.iter().filter(|linear| linear.to_solve().is_some());
         let weights = |linear: &PlannedLinear| (linear.rows * linear.columns) as f64;
         let tokens = load.tokens as f64;

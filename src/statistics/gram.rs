@@ -106,7 +106,7 @@ impl SiteStatistics {
     pub fn from_panels(
         exponents: Exponents,
         products: &[Product],
-        tokens: u64,
+        tokens: i64,
         room: &Room,
         mut fill: impl FnMut(Product, usize, &mut [i64]) -> Result<()>,
     ) -> Result<Self> {
@@ -127,7 +127,7 @@ impl SiteStatistics {
         Ok(Self {
             panels,
             exponents,
-            tokens: tokens as i64,
+            tokens,
         })
     }
 
