@@ -223,7 +223,8 @@ fn sense(
     // It may be refused: before anything is done.
     let streams = 1 + units.iter().filter(|unit| unit.widths.len() > 1).count();
     let available = system::available_host_bytes();
-    let fit = plan.fit_measurement(model.tower, windows, streams, job.workers, job.memory, available)?;
+    let workers = job.placement.workers(job.workers);
+    let fit = plan.fit_measurement(model.tower, windows, streams, workers, job.memory, available)?;
     quantize::expect_own_folder(job)?;
     storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
@@ -259,8 +260,10 @@ fn sense(
             parts: parts.collect(),
             windows: windows.clone(),
             scratch: work.clone(),
-            workers: job.workers,
+            workers,
             fit,
+            placement: job.placement.clone(),
+            device_memory: job.device_memory,
         },
         observer,
         halt,

@@ -7,17 +7,16 @@
 
 use super::run;
 use crate::calibration::Calibration;
-use crate::device::{self, Placement};
+use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::{Linear, LoadedBlock, Rotary, Source};
-use crate::numerics::divergence::{self, Divergence};
+use crate::model::{LoadedBlock, Rotary, Source};
+use crate::numerics::divergence::Divergence;
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Precision, Slot, Stream};
 use crate::operators::carry::carry;
 use crate::operators::gather::gather;
 use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
-use crate::plan::LOGITS_BYTES;
 use crate::report::Observer;
 use crate::storage;
 use crate::system;
@@ -31,10 +30,6 @@ use timely::dataflow::operators::{Concat, ConnectLoop, Feedback};
 
 /// Activations that stay in memory, over all workers.
 const RESIDENT_BYTES: usize = 256 << 20;
-/// On a device they may take this part of what is free.
-const DEVICE_PART: u64 = 2;
-/// Logits of one model at a time in f32, on a device: large products are fast there, and some copies in f64 have to fit.
-const DEVICE_LOGITS_BYTES: usize = 8 * LOGITS_BYTES;
 
 /// What to compare.
 #[derive(Debug)]
@@ -82,8 +77,6 @@ struct Shared {
     windows: Calibration,
     rotary: [Vec<Arc<Rotary>>; 2],
     blocks: Shelf<LoadedBlock>,
-    /// Of both models, on a device.
-    heads: Shelf<[Linear; 2]>,
     observer: Arc<dyn Observer>,
     halt: Arc<Halt>,
 }
@@ -146,17 +139,13 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         windows: job.windows,
         rotary,
         blocks: Shelf::default(),
-        heads: Shelf::default(),
         observer: Arc::clone(observer),
         halt: Arc::clone(halt),
     });
     let (for_workers, gathered) = (Arc::clone(&shared), Arc::clone(&scores));
     let workers = job.placement.workers(job.workers);
     let resident = RESIDENT_BYTES / workers;
-    let on_device = match job.placement.on_device {
-        true => (job.placement.available_bytes() / DEVICE_PART) as usize,
-        false => 0,
-    };
+    let on_device = job.placement.activation_bytes(None);
     let placement = job.placement.clone();
     run::on_workers(workers, halt, move |worker| {
         let folder = std::env::temp_dir();
@@ -228,40 +217,18 @@ fn step(
 /// Compares every position of a batch's windows but each last one, whose next token is not known.
 fn score(shared: &Shared, position: usize, model: &Tensor, reference: &Tensor) -> Result<Vec<WindowScore>> {
     let batch = &shared.windows.batches[position];
-    let [ours, theirs] = [&shared.models[0].tower, &shared.models[1].tower];
-    let (length, vocab) = (batch.length, ours.spec.vocab_size);
-    let heads = match ours.placement().on_device {
-        true => Some((shared.heads).get(0, 1, || Ok([ours.head()?, theirs.head()?]))?),
-        false => None,
-    };
-    // Of positions from `begin` on of the whole batch, each with its target.
-    let compare = |begin: usize, targets: &[u32]| -> Result<Vec<Divergence>> {
-        let rows = |residual: &Tensor| residual.narrow(0, begin, targets.len());
-        if let Some(heads) = &heads {
-            let ours = ours.logits_by(&heads[0], &rows(model)?)?;
-            let theirs = theirs.logits_by(&heads[1], &rows(reference)?)?;
-            return Ok(device::divergence::compare(&theirs, &ours, targets)?);
-        }
-        let values = |logits: Tensor| logits.flatten_all()?.to_vec1::<f32>();
-        let (ours, theirs) = (ours.logits(&rows(model)?)?, theirs.logits(&rows(reference)?)?);
-        let (ours, theirs) = (values(ours)?, values(theirs)?);
-        let pairs = theirs.chunks_exact(vocab).zip(ours.chunks_exact(vocab));
-        let positions = pairs.zip(targets);
-        Ok(positions
-            .map(|((r, m), &target)| divergence::compare(r, m, target as usize))
-            .collect())
-    };
-    let bytes = if heads.is_some() {
-        DEVICE_LOGITS_BYTES
-    } else {
-        LOGITS_BYTES
-    };
-    let rows_max = (bytes / 4 / vocab).max(1);
+    let [ours, theirs] = &shared.models;
+    let length = batch.length;
     let mut windows = Vec::new();
     for (number, tokens) in batch.tokens.chunks_exact(length).enumerate() {
         let mut all: Vec<Divergence> = Vec::with_capacity(length - 1);
-        for targets in tokens[1..].chunks(rows_max) {
-            all.extend(compare(number * length + all.len(), targets)?);
+        for targets in tokens[1..].chunks(theirs.logits_rows()) {
+            let begin = number * length + all.len();
+            let logits = |source: &Source, residual: &Tensor| {
+                source.logits(&residual.narrow(0, begin, targets.len())?)
+            };
+            let (theirs_logits, ours) = (logits(theirs, reference)?, logits(ours, model)?);
+            all.extend(theirs.compare(&theirs_logits, &ours, targets)?);
         }
         windows.push(WindowScore {
             window: (position, number),

@@ -9,19 +9,19 @@
 
 use super::run;
 use crate::calibration::{Batch, Calibration};
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::{LinearSpec, LoadedBlock, Rotary, Source};
-use crate::numerics::divergence::compare;
 use crate::operators::Halt;
 use crate::operators::activations::{ActivationStore, Key, Precision, Slot, Stream};
 use crate::operators::carry::carry;
 use crate::operators::gather::gather;
 use crate::operators::spread::spread;
 use crate::operators::stages::Shelf;
-use crate::plan::{LOGITS_BYTES, MeasurementFit};
+use crate::plan::MeasurementFit;
 use crate::report::Observer;
 use crate::system::release_free_memory;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -46,6 +46,10 @@ pub struct Measurement {
     pub workers: usize,
     /// The memory for it.
     pub fit: MeasurementFit,
+    /// Where tensors are, and who works on them.
+    pub placement: Placement,
+    /// Budget on the device; `None` for what it has free.
+    pub device_memory: Option<u64>,
 }
 
 /// One window: the sum of the KL over its positions, by part.
@@ -73,7 +77,7 @@ struct Shared {
 /// # Errors
 /// A checkpoint that cannot be read, windows without a position, an interrupt.
 pub fn measure(job: Measurement, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Result<(Vec<f64>, u64)> {
-    let reference = Source::open(&job.reference, Device::Cpu)?;
+    let reference = Source::open(&job.reference, job.placement.clone())?;
     let length = job.windows.length_max();
     if length < 2 {
         return Err(Error::usage(
@@ -88,7 +92,7 @@ pub fn measure(job: Measurement, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     observer.phase("measure", ((passes + blocks) * job.windows.batches.len()) as u64);
     let parts = job.parts.len();
     let shared = Arc::new(Shared {
-        model: Source::open(&job.model, Device::Cpu)?,
+        model: Source::open(&job.model, job.placement.clone())?,
         rotary: reference.tower.rotary(length)?,
         reference,
         parts: job.parts,
@@ -100,8 +104,13 @@ pub fn measure(job: Measurement, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     let costs: Arc<Mutex<Vec<Cost>>> = Arc::default();
     let (for_workers, gathered) = (Arc::clone(&shared), Arc::clone(&costs));
     let (resident, scratch) = (job.fit.resident_bytes / job.workers, job.scratch);
+    let (placement, on_device) = (
+        job.placement.clone(),
+        job.placement.activation_bytes(job.device_memory),
+    );
     run::on_workers(job.workers, halt, move |worker| {
-        let mut store = ActivationStore::new(&scratch, resident, Precision::F32);
+        let mut store = ActivationStore::new(&scratch, resident, Precision::F32)
+            .with_device(placement.device.clone(), on_device);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.len()).collect(),
@@ -206,9 +215,8 @@ fn advance(
 
 /// The divergences of a window, of which every residual has passed the last block.
 fn costs(shared: &Shared, store: &ActivationStore, window: usize, original: &Tensor) -> Result<Cost> {
-    let (tower, batch) = (&shared.reference.tower, &shared.windows[window]);
-    let vocab = tower.spec.vocab_size;
-    let rows_max = (LOGITS_BYTES / 4 / vocab).max(1);
+    let (source, batch) = (&shared.reference, &shared.windows[window]);
+    let rows_max = source.logits_rows();
     let mut cost = Cost {
         window,
         positions: 0,
@@ -219,16 +227,15 @@ fn costs(shared: &Shared, store: &ActivationStore, window: usize, original: &Ten
     for sequence in 0..batch.sequences {
         for begin in (0..last).step_by(rows_max) {
             let rows = rows_max.min(last - begin);
-            let logits = |residual: &Tensor| -> Result<Vec<f32>> {
-                let rows = residual.narrow(0, sequence * batch.length + begin, rows)?;
-                Ok(tower.logits(&rows)?.flatten_all()?.to_vec1()?)
-            };
+            let first = sequence * batch.length + begin;
+            let targets = &batch.tokens[first + 1..][..rows];
+            let logits = |residual: &Tensor| source.logits(&residual.narrow(0, first, rows)?);
             let reference = logits(original)?;
             cost.positions += rows as u64;
             for (part, sum) in cost.kl.iter_mut().enumerate() {
                 let model = logits(&store.get(shared.key(window, Some(part)))?)?;
-                let pairs = reference.chunks_exact(vocab).zip(model.chunks_exact(vocab));
-                *sum += pairs.map(|(r, m)| compare(r, m, 0).kl).sum::<f64>();
+                let positions = source.compare(&reference, &model, targets)?;
+                *sum += positions.iter().map(|position| position.kl).sum::<f64>();
                 if begin + rows == last && sequence + 1 == batch.sequences {
                     shared.tick()?;
                 }

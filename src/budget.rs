@@ -5,6 +5,9 @@ use crate::error::{Error, Result};
 use crate::system::{release_free_memory, resident_host_bytes};
 use std::sync::{Arc, Mutex};
 
+/// The last part of so many of a limit is close to it.
+const LAST_PART: u64 = 8;
+
 /// Resident bytes that a run may have, and those that it has.
 #[derive(Debug)]
 pub struct Budget {
@@ -26,7 +29,8 @@ impl Budget {
     }
 
     /// Takes `bytes`, until the last copy of what is returned goes. `what` they are for is told where there are too few. What the allocator
-    /// has kept of memory that went goes back to the system where both would not be within the limit.
+    /// has kept of memory that went goes back to the system where both would not be within the limit, or close to it: others have taken bytes
+    /// that they have not touched yet.
     ///
     /// # Errors
     /// Fewer are left.
@@ -46,7 +50,7 @@ impl Budget {
         used.now = now;
         used.peak = used.peak.max(now);
         drop(used);
-        if resident_host_bytes().saturating_add(bytes) > self.limit {
+        if resident_host_bytes().saturating_add(bytes) > self.limit - self.limit / LAST_PART {
             release_free_memory();
         }
         Ok(Grant(Some(Arc::new(Taken {

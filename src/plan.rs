@@ -7,7 +7,7 @@ mod memory;
 mod steps;
 mod time;
 
-pub use measurement::{LOGITS_BYTES, MeasurementFit};
+pub use measurement::MeasurementFit;
 pub use memory::{Fit, Graph, Load};
 pub use time::Work;
 

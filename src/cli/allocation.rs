@@ -1,6 +1,6 @@
 //! `--average-bits` of `solve` and `quantize`.
 
-use super::arguments::{AllocationArguments, QuantizeArguments, SolveArguments};
+use super::arguments::{AllocationArguments, QuantizeArguments, SolveArguments, WindowArguments};
 use super::evaluate::windows;
 use super::quantize::calibrate;
 use crate::calibration::Calibration;
@@ -24,8 +24,13 @@ pub(super) struct Told<'a> {
 /// What `solve` is asked to choose: windows come from flags of its own.
 pub(super) fn while_solving(arguments: &SolveArguments) -> Result<Option<Wanted>> {
     wanted(&arguments.allocation, || {
-        let (tokens, text) = (arguments.tokens.as_deref(), arguments.text.as_deref());
-        let found = windows(&arguments.model, tokens, text, arguments.length, None)?;
+        let given = WindowArguments {
+            text: arguments.text.clone(),
+            tokens: arguments.tokens.clone(),
+            length: arguments.length,
+            windows: None,
+        };
+        let found = windows(&arguments.model, &given)?;
         found.ok_or_else(|| {
             Error::usage(
                 "--average-bits",

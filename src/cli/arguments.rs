@@ -144,6 +144,24 @@ pub(super) struct AllocationArguments {
     pub windows: usize,
 }
 
+/// What checkpoints are compared on.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Evaluation")]
+pub(super) struct WindowArguments {
+    /// Text to compare with the original on: any calibration format
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Exactly these token ids: int32 or int64 [windows, length]
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "text")]
+    pub tokens: Option<PathBuf>,
+    /// Tokens of a window of --text
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub length: usize,
+    /// Only the first N windows
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct ResourceArguments {
     /// Resident memory to stay within: 2GiB, …
@@ -276,28 +294,8 @@ pub(super) struct SweepArguments {
     /// Keep the quantized checkpoints here, a folder each; default: they are removed
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// Text to compare each with the original on: any calibration format
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
-    pub text: Option<PathBuf>,
-    /// Exactly these token ids: int32 or int64 [windows, length]
-    #[arg(
-        long,
-        value_name = "FILE.npy",
-        conflicts_with = "text",
-        help_heading = "Evaluation"
-    )]
-    pub tokens: Option<PathBuf>,
-    /// Tokens of a window of --text
-    #[arg(
-        long,
-        default_value_t = 512,
-        value_name = "TOKENS",
-        help_heading = "Evaluation"
-    )]
-    pub length: usize,
-    /// Only the first N windows
-    #[arg(long, value_name = "N", help_heading = "Evaluation")]
-    pub windows: Option<usize>,
+    #[command(flatten)]
+    pub windows: WindowArguments,
     #[command(flatten)]
     pub resources: ResourceArguments,
     /// One JSON object on stdout instead of text
@@ -411,18 +409,8 @@ pub(super) struct EvaluateArguments {
     /// The original checkpoint
     #[arg(long, value_name = "ORIGINAL")]
     pub reference: PathBuf,
-    /// Text to compare on: any calibration format
-    #[arg(long, value_name = "FILE", required_unless_present = "tokens")]
-    pub text: Option<PathBuf>,
-    /// Exactly these token ids: int32 or int64 [windows, length]
-    #[arg(long, value_name = "FILE.npy", conflicts_with = "text")]
-    pub tokens: Option<PathBuf>,
-    /// Tokens of a window of --text
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub length: usize,
-    /// Only the first N windows
-    #[arg(long, value_name = "N")]
-    pub windows: Option<usize>,
+    #[command(flatten)]
+    pub windows: WindowArguments,
     /// auto, cpu, cuda or cuda:1; auto is the first CUDA device of a build with one, else the CPU
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceChoice,
@@ -556,37 +544,19 @@ impl ResourceArguments {
         workers(self.workers)
     }
 
-    /// The device of a command that can use one.
+    /// The device.
     ///
     /// # Errors
     /// It is not there; or there is a budget for the device of a run on the CPU.
     pub(super) fn placement(&self) -> Result<Placement> {
-        match self.device {
-            // `auto` may end on the CPU: then nothing is on a device, within any budget.
-            DeviceChoice::Cpu => self.cpu("--device cpu"),
-            device => Placement::open(device),
-        }
-    }
-
-    /// That of `what`, which runs on the CPU alone.
-    ///
-    /// # Errors
-    /// `--device` names another, or there is a budget for it.
-    pub(super) fn cpu(&self, what: &str) -> Result<Placement> {
-        if self.device_memory.is_some() {
-            return Err(Error::usage(
+        // `auto` may end on the CPU: then nothing is on a device, within any budget.
+        match (self.device, self.device_memory) {
+            (DeviceChoice::Cpu, Some(_)) => Err(Error::usage(
                 "--device-memory",
-                format!("{what} runs on the CPU"),
+                "--device cpu runs on the CPU",
                 "leave --device-memory out; --memory is the budget of the machine's own",
-            ));
-        }
-        match self.device {
-            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Placement::cpu()),
-            DeviceChoice::Cuda(_) => Err(Error::usage(
-                "--device",
-                format!("{what} runs on the CPU"),
-                "leave --device out",
             )),
+            (device, _) => Placement::open(device),
         }
     }
 }

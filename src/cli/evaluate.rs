@@ -1,6 +1,6 @@
 //! `evaluate`, and the hidden `logits`.
 
-use super::arguments::{EvaluateArguments, LogitsArguments, workers};
+use super::arguments::{EvaluateArguments, LogitsArguments, WindowArguments, workers};
 use super::quantize::vocab_size;
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
@@ -12,21 +12,15 @@ use crate::pipelines::evaluate::{Evaluation, evaluate, write_logits};
 use std::path::Path;
 use std::sync::Arc;
 
-/// The windows that `--tokens` or `--text` names, at most `count` from the first; `None` where neither is given.
-pub(super) fn windows(
-    model: &Path,
-    tokens: Option<&Path>,
-    text: Option<&Path>,
-    length: usize,
-    count: Option<usize>,
-) -> Result<Option<Calibration>> {
+/// The windows that `--tokens` or `--text` names; `None` where neither is given.
+pub(super) fn windows(model: &Path, arguments: &WindowArguments) -> Result<Option<Calibration>> {
     let vocab_size = vocab_size(model)?;
-    let mut windows = match (tokens, text) {
+    let mut windows = match (&arguments.tokens, &arguments.text) {
         (Some(file), _) => calibration::from_npy(file, vocab_size)?,
-        (None, Some(file)) => calibration::read_texts(file, model, length, vocab_size)?,
+        (None, Some(file)) => calibration::read_texts(file, model, arguments.length, vocab_size)?,
         (None, None) => return Ok(None),
     };
-    if let Some(count) = count {
+    if let Some(count) = arguments.windows {
         let length = windows.length_max().max(1);
         let mut tokens: Vec<u32> = windows
             .batches
@@ -40,14 +34,7 @@ pub(super) fn windows(
 }
 
 pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Outcome> {
-    let (tokens, text) = (arguments.tokens.as_deref(), arguments.text.as_deref());
-    let windows = windows(
-        &arguments.reference,
-        tokens,
-        text,
-        arguments.length,
-        arguments.windows,
-    )?;
+    let windows = windows(&arguments.reference, &arguments.windows)?;
     let windows = windows
         .ok_or_else(|| Error::usage("--text", "is missing", "name a text file, or --tokens FILE.npy"))?;
     let job = Evaluation {

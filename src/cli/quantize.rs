@@ -1,15 +1,12 @@
 //! `quantize` and `solve`.
 
-use super::arguments::{
-    CalibrationArguments, FinishArguments, QuantizeArguments, ResourceArguments, SolveArguments,
-};
+use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
 use super::statistics::documents;
 use super::text::{bytes, seconds};
 use super::{Outcome, allocation, print_json, progress};
 use crate::artifact::Artifact;
 use crate::calibration::{self, Calibration, Source, Usage};
 use crate::checkpoint::Checkpoint;
-use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::families;
 use crate::operators::Halt;
@@ -89,7 +86,7 @@ pub(super) fn job(arguments: &QuantizeArguments) -> Result<Job> {
     let output = arguments.output.clone().unwrap_or_default();
     Ok(Job {
         calibration,
-        placement: placement(arguments.allocation.average_bits, &arguments.resources)?,
+        placement: arguments.resources.placement()?,
         workers: arguments.resources.workers()?,
         device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
@@ -105,7 +102,7 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
     let (model, output) = (arguments.model.clone(), arguments.output.clone());
     let job = Job {
         statistics: Some(Arc::new(artifact)),
-        placement: placement(arguments.allocation.average_bits, &arguments.resources)?,
+        placement: arguments.resources.placement()?,
         workers: arguments.resources.workers()?,
         device_memory: arguments.resources.device_memory,
         memory: arguments.resources.memory,
@@ -123,13 +120,6 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
         None => (resolve::solve(&job, &observer, halt)?, None),
     };
     tell(&job, &summary, chosen.as_ref(), &arguments.finish)
-}
-
-fn placement(average_bits: Option<f64>, resources: &ResourceArguments) -> Result<Placement> {
-    match average_bits {
-        None => resources.placement(),
-        Some(_) => resources.cpu("--average-bits"),
-    }
 }
 
 pub(super) fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {

@@ -27,7 +27,6 @@ pub(super) fn run(arguments: &SweepArguments, halt: &Arc<Halt>) -> Result<Outcom
         .output
         .clone()
         .unwrap_or_else(|| temporary.path().to_owned());
-    let (tokens, text) = (arguments.tokens.as_deref(), arguments.text.as_deref());
     let job = Sweep {
         base: Job {
             statistics: Some(Arc::new(artifact)),
@@ -40,13 +39,7 @@ pub(super) fn run(arguments: &SweepArguments, halt: &Arc<Halt>) -> Result<Outcom
         },
         bits: arguments.bits.clone(),
         group_sizes: arguments.group_size.clone(),
-        windows: windows(
-            &arguments.model,
-            tokens,
-            text,
-            arguments.length,
-            arguments.windows,
-        )?,
+        windows: windows(&arguments.model, &arguments.windows)?,
         keep: arguments.output.is_some(),
     };
     if !arguments.json {

@@ -99,7 +99,7 @@ impl Factor {
     }
 
     /// `R_ii²` by original column, f64.
-    pub(super) fn importance(&self) -> Result<Tensor> {
+    pub fn importance(&self) -> Result<Tensor> {
         let lower = &self.damped.lower;
         let pivots = select_rows(&lower.reshape(((), 1))?, &diagonal(lower)?)?;
         Ok(select_rows(&pivots.sqr()?, &self.rows)?.squeeze(1)?)

@@ -114,6 +114,14 @@ impl Placement {
         }
     }
 
+    /// Bytes that activations may take on the device in a run that has no plan for it: half of `budget`, or else of what is free there.
+    pub fn activation_bytes(&self, budget: Option<u64>) -> usize {
+        match self.on_device {
+            true => (budget.unwrap_or_else(|| self.available_bytes()) / 2) as usize,
+            false => 0,
+        }
+    }
+
     /// Most bytes that were taken on the device so far; 0 on the CPU.
     pub fn peak_bytes(&self) -> u64 {
         match &self.device {

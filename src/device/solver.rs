@@ -30,15 +30,8 @@ pub fn rows_at_a_time(width: usize) -> usize {
 /// The device has no memory left.
 pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<SolvedRows> {
     let problem = Problem::new(weights, grid)?;
-    let target = lanes_of(weights)?;
     let importance = Tensor::ones(problem.width, DType::F64, weights.device())?;
-    let scales = problem.search(&target, &importance)?;
-    let state = problem.state(problem.width + 3)?;
-    state.inplace_op1(&RoundPlainly {
-        problem,
-        target: &target,
-        scales: &scales,
-    })?;
+    let (state, scales) = problem.round(&lanes_of(weights)?, &importance)?;
     let tally = |row: usize| -> Result<f64> { total(&state.get(problem.width + row)?) };
     Ok(SolvedRows {
         error: tally(0)?,
@@ -46,6 +39,18 @@ pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<SolvedRows> {
         clipped: tally(2)? as u64,
         weight: problem.assemble(&state.narrow(0, 0, problem.width)?, &scales)?,
     })
+}
+
+/// As [`crate::numerics::predict::predicted_loss`], for `weights` `[rows, width]`.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn predicted_loss(weights: &Tensor, importance: &Tensor, grid: Grid) -> Result<f64> {
+    let problem = Problem::new(weights, grid)?;
+    let target = lanes_of(weights)?;
+    let (state, scales) = problem.round(&target, importance)?;
+    let errors = problem.errors(&target, &state.narrow(0, 0, problem.width)?, &scales)?;
+    total(&errors.sqr()?.broadcast_mul(&importance.unsqueeze(1)?)?.sum(0)?)
 }
 
 /// As [`crate::numerics::solver::gptq`], for `weights` `[rows, width]`.
@@ -147,6 +152,18 @@ impl<'a> Problem<'a> {
             importance,
         })?;
         Ok(scales)
+    }
+
+    /// To nearest: a state as [`RoundPlainly`] fills it, and the scales.
+    fn round(self, target: &Tensor, importance: &Tensor) -> Result<(Tensor, Tensor)> {
+        let scales = self.search(target, importance)?;
+        let state = self.state(self.width + 3)?;
+        state.inplace_op1(&RoundPlainly {
+            problem: self,
+            target,
+            scales: &scales,
+        })?;
+        Ok((state, scales))
     }
 
     /// `values` of a grid's codes, a group after the other: `[groups, group, lanes]`.

@@ -20,5 +20,5 @@ pub use coded::Coded;
 pub use linear::{Linear, Weight, panel_rows};
 pub use rotary::Rotary;
 pub use sites::{LinearSpec, SiteKind};
-pub use source::{LoadedBlock, Source};
+pub use source::{LOGITS_BYTES, LoadedBlock, Source};
 pub use tower::Tower;

@@ -371,11 +371,8 @@ impl Tower {
         self.cap(Tensor::cat(&panels, 1)?)
     }
 
-    /// The whole head, for [`Self::logits_by`]: where many residuals are compared on a device, which would else be sent it for each.
-    ///
-    /// # Errors
-    /// It cannot be read, or the device has no memory left.
-    pub fn head(&self) -> Result<Linear> {
+    /// The whole head, for [`Self::logits_by`].
+    pub(super) fn head(&self) -> Result<Linear> {
         Ok(Linear {
             weight: self.weight(&self.head_name())?,
             bias: None,
@@ -383,7 +380,7 @@ impl Tower {
     }
 
     /// As [`Self::logits`], by the head that [`Self::head`] gave.
-    pub fn logits_by(&self, head: &Linear, residual: &Tensor) -> Result<Tensor> {
+    pub(super) fn logits_by(&self, head: &Linear, residual: &Tensor) -> Result<Tensor> {
         self.cap(head.forward(&self.final_norm(residual)?)?)
     }
 

@@ -3,6 +3,7 @@
 use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
 use super::records::{Factored, PredictedChunk, SiteFactors};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::predict::predicted_loss;
@@ -32,19 +33,27 @@ fn predict_chunk(local: &Local, given: Chunk, widths: &[u32]) -> Result<Predicte
             losses,
         });
     };
-    let factor = match &given.factored.factors {
-        SiteFactors::Host { factors, .. } => factors.first(),
-        SiteFactors::Device { .. } => None,
+    let missing = || Error::Worker(format!("{} has no factor", planned.name));
+    let grids = widths.iter().map(|&bits| Grid { bits, ..grid });
+    let losses = match &given.factored.factors {
+        SiteFactors::Host { factors, .. } => {
+            let importance = factors.first().ok_or_else(missing)?.importance();
+            let weights = given.weights(local)?;
+            grids
+                .map(|grid| predicted_loss(&weights, &importance, grid))
+                .collect()
+        }
+        SiteFactors::Device { factors, .. } => {
+            let importance = factors.first().ok_or_else(missing)?.importance()?;
+            let weights = given.tensor(local)?;
+            grids
+                .map(|grid| device::solver::predicted_loss(&weights, &importance, grid))
+                .collect::<Result<_>>()?
+        }
     };
-    let Some(factor) = factor else {
-        return Err(Error::Worker(format!("{} has no factor in memory", planned.name)));
-    };
-    let weights = given.weights(local)?;
-    let importance = factor.importance();
-    let loss = |&bits: &u32| predicted_loss(&weights, &importance, Grid { bits, ..grid });
     Ok(PredictedChunk {
         linear,
         chunk,
-        losses: widths.iter().map(loss).collect(),
+        losses,
     })
 }

@@ -4,11 +4,9 @@ use super::memory::{budget_for, planned_of};
 use super::{Plan, PlannedLinear};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::model::Tower;
+use crate::model::{LOGITS_BYTES, Tower};
 
-/// Logits of one model at a time in f32, in each worker. Whatever the budget: other shapes are multiplied in another order.
-pub const LOGITS_BYTES: usize = 32 << 20;
-/// Copies of them: the reference's, and of the other's the panels, the whole, and what is compared.
+/// Copies of [`LOGITS_BYTES`]: those of both models, and what of both is compared.
 const LOGITS_COPIES: u64 = 4;
 /// Residuals that stay in memory, over all workers, where the budget does not say; the rest is in a scratch file.
 const RESIDENT_BYTES: u64 = 256 << 20;

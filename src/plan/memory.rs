@@ -16,7 +16,7 @@ const GROUP_BYTES: u64 = 1 << 30;
 
 /// One part of so many of a declared budget is left to the allocator, for what it keeps of temporaries between two of
 /// [`crate::budget::Budget::take`]: how much that is, the plan cannot tell.
-const ALLOCATOR_PART: u64 = 16;
+const ALLOCATOR_PART: u64 = 10;
 
 /// How much of a declared budget is planned for.
 pub(super) fn planned_of(budget: u64) -> u64 {

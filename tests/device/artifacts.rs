@@ -4,13 +4,14 @@ use super::placements;
 use crate::quantize::{self, calibrate, run};
 use crate::statistics::{job, rows, run as update, sums};
 use crate::watch::Watch;
-use crate::{mixtures, reference};
+use crate::{allocation, mixtures, reference};
 use candle_core::{Device, Tensor};
 use proptest::prelude::*;
 use quantflow::artifact::Artifact;
 use quantflow::calibration::Calibration;
 use quantflow::device::{Placement, divergence};
 use quantflow::numerics::divergence::compare;
+use quantflow::pipelines::allocate::From;
 use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate};
 use quantflow::pipelines::quantize::Job as Solve;
 use quantflow::pipelines::statistics::{self, Change, Job};
@@ -141,6 +142,48 @@ fn evaluations_are_those_of_the_cpu() {
             );
             assert_eq!(scores(&placement).kl_mean, device.kl_mean, "{name}");
         }
+    }
+}
+
+/// From an artifact of the CPU, so that both choose from the same sums.
+#[test]
+fn bits_are_chosen_on_a_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let average = 3.4;
+    let chosen = |name: &str, placement: &Placement| {
+        let job = Solve {
+            placement: placement.clone(),
+            ..allocation::job(&folder.path().join(name))
+        };
+        let windows = From::Windows(allocation::windows(2));
+        let (summary, chosen) = allocation::allocated(&job, average, windows).unwrap();
+        assert!(chosen.average_bits <= average && chosen.average_bits > average - 0.2);
+        assert_eq!(
+            verify(&job.output, &job.model).unwrap().problems,
+            Vec::<String>::new()
+        );
+        (summary, chosen)
+    };
+    let (_, cpu) = chosen("cpu", &Placement::cpu());
+    for (index, placement) in placements().into_iter().enumerate() {
+        let (summary, device) = chosen(&index.to_string(), &placement);
+        assert!(summary.plan_peak_device_bytes > 0);
+        assert_eq!(device.positions, cpu.positions);
+        let units = device.sensitivity.units.iter().zip(&cpu.sensitivity.units);
+        for (ours, theirs) in units {
+            assert_eq!(ours.linears, theirs.linears);
+            for (ours, theirs) in ours.losses.values().zip(theirs.losses.values()) {
+                assert!((ours - theirs).abs() <= 1e-9 * theirs, "{ours} {theirs}");
+            }
+            let pair = ours.kl.zip(theirs.kl);
+            assert_eq!(pair.is_some(), theirs.kl.is_some());
+            if let Some((ours, theirs)) = pair {
+                // Inputs of 16 bits differ in both models by 2^-9 at most, which costs a position up to 3e-5 of its own.
+                assert!((ours - theirs).abs() < 0.05 * theirs + 3e-5, "{ours} {theirs}");
+            }
+        }
+        let ratio = device.predicted_kl / cpu.predicted_kl;
+        assert!((0.9..1.1).contains(&ratio), "{ratio}");
     }
 }
 
