@@ -227,8 +227,7 @@ fn score(shared: &Shared, position: usize, model: &Tensor, reference: &Tensor) -
             let logits = |source: &Source, residual: &Tensor| {
                 source.logits(&residual.narrow(0, begin, targets.len())?)
             };
-            let (theirs_logits, ours) = (logits(theirs, reference)?, logits(ours, model)?);
-            all.extend(theirs.compare(&theirs_logits, &ours, targets)?);
+            all.extend(theirs.compare(&logits(theirs, reference)?, &logits(ours, model)?, targets)?);
         }
         windows.push(WindowScore {
             window: (position, number),

@@ -14,6 +14,7 @@ use quantflow::error::Error;
 use quantflow::memory::Room;
 use quantflow::numerics::attention::{AttentionShape, attention as attention_kernel};
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
+use quantflow::numerics::predict::predicted_loss;
 use quantflow::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
 use quantflow::numerics::{Grid, ScaleDtype};
 use quantflow::pipelines::quantize::{Job, quantize};
@@ -175,12 +176,15 @@ proptest! {
         let gram = Arc::new(gram);
         let how = Factoring { damp_percent: 0.01, column_order, room: &Room::Memory, threads: 1 };
         let expected = Factor::new("site", &gram, shift, how).unwrap().with_gram(Arc::clone(&gram));
+        let predicted = predicted_loss(&weights, &expected.importance(), grid);
         let expected = gptq(&weights, &expected, grid, options);
         let held_out = products.held_out.unwrap();
         for (on_device, sums) in on_devices {
             let factor = factor::Factor::by_damping("site", &sums, [0.01], column_order, rounds > 0).unwrap().remove(0);
             let ours = solver::gptq(&on_device, &factor, grid, options).unwrap();
             assert_same(&ours, &expected);
+            let loss = solver::predicted_loss(&on_device, &factor.importance().unwrap(), grid).unwrap();
+            prop_assert!((loss - predicted).abs() <= RELATIVE * predicted, "{loss} {predicted}");
             let values = ours.weight.dequantize();
             let expected = output_error(&weights, &values, &held_out);
             let held_out = factor::held_out(&sums).unwrap().unwrap();

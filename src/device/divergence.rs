@@ -2,13 +2,17 @@
 
 use super::vector;
 use crate::numerics::divergence::Divergence;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 /// As [`crate::numerics::divergence::compare`], for logits `[positions, vocabulary]`, a target each.
 ///
 /// # Errors
 /// Shapes do not fit, a target is outside, or the device has no memory left.
 pub fn compare(reference: &Tensor, model: &Tensor, targets: &[u32]) -> Result<Vec<Divergence>> {
+    let (_, vocabulary) = reference.dims2()?;
+    if let Some(target) = targets.iter().find(|target| **target as usize >= vocabulary) {
+        bail!("token {target} is outside a vocabulary of {vocabulary}");
+    }
     let targets = vector(targets, reference)?.unsqueeze(1)?;
     let of_target =
         |logs: &Tensor| -> Result<Vec<f64>> { logs.gather(&targets, 1)?.neg()?.squeeze(1)?.to_vec1() };

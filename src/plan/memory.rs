@@ -402,18 +402,17 @@ impl Needs {
         };
         let solve = held + of_solve + own + codes;
         // A site at a time: what an artifact holds already is read to be added; what is on a device comes from there, or goes there.
-        let passing = match (plan.device_weight_bytes, load.graph) {
+        let copies = match (plan.device_weight_bytes, load.graph) {
             (None, Graph::Statistics { .. }) | (Some(_), Graph::Solve { .. }) => 1,
             (Some(_), Graph::Statistics { .. }) => 2,
             _ => 0,
         };
         let site = elements(Shape::Upper, plan.width(step)) * (1 + held_out);
-        let passing_whole = if leads { passing * site } else { 0 };
+        let passing = if leads { copies * site } else { 0 };
         Self {
-            passing: if in_files(step) {
-                passing * panel
-            } else {
-                passing_whole
+            passing: match in_files(step) {
+                true => copies * panel,
+                false => passing,
             },
             forward: held + weights(plan.carriers(step)) + workers * batch + of_sums.max(read),
             factor: held + of_factor,
@@ -421,7 +420,7 @@ impl Needs {
             chunks: workers * chunk,
             pack: held + own + codes + together + packed,
             install: held + codes + plan.held(linears, installed) + own * matching,
-            matrices: sums.max(factored) + passing_whole,
+            matrices: sums.max(factored) + passing,
         }
     }
 }
