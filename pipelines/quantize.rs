@@ -278,7 +278,6 @@ pub(super) fn run(
     let layout = OutputLayout::new(&plan.output, job.shard_bytes_max)?;
     output.writer = Some(OutputWriter::open(&job.output, layout)?);
     let resumed_blocks = output.resume(plan.blocks(), observer.as_ref());
-    copy_untouched(&tower, &plan, earlier, &output)?;
     let length = job.calibration.length_max();
     tower.expect_length(length)?;
     let scratch = job.scratch.as_deref().unwrap_or(&work);
@@ -290,8 +289,14 @@ pub(super) fn run(
         },
         ..Shared::new((tower, length), (plan, fit), scratch, output, observer, halt)?
     });
-    if resumed_blocks < shared.plan.blocks() {
-        drive(job, &shared)?;
+    let copy = || copy_untouched(&shared.tower, &shared.plan, earlier, &shared.output);
+    let drive = || match resumed_blocks < shared.plan.blocks() {
+        true => drive(job, &shared),
+        false => Ok(()),
+    };
+    match job.placement.on_device {
+        true => beside(halt, copy, drive)?,
+        false => copy().and_then(|()| drive())?,
     }
     let made = Made {
         fingerprint,
@@ -405,6 +410,25 @@ fn prepare_folder(job: &Job) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Copies while the device is driven; where either fails, the other halts.
+fn beside(
+    halt: &Halt,
+    copy: impl FnOnce() -> Result<()> + Send,
+    drive: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        let copying = scope.spawn(|| copy().unwrap_or_else(|error| halt.raise(error)));
+        let driven = drive();
+        let joined = copying.join();
+        driven?;
+        match (joined, halt.take()) {
+            (_, Some(error)) => Err(error),
+            (Err(_), None) => Err(Error::Worker("it panicked while it copied".into())),
+            (Ok(()), None) => Ok(()),
+        }
+    })
 }
 
 fn copy_untouched(tower: &Tower, plan: &Plan, earlier: Option<&Earlier>, output: &Output) -> Result<()> {

@@ -27,20 +27,11 @@ pub fn on_workers<B>(workers: usize, halt: &Arc<Halt>, build: B) -> Result<()>
 where
     B: Fn(&mut Worker) -> Result<()> + Send + Sync + 'static,
 {
-    on_workers_with(workers, 1, halt, build)
-}
-
-/// As [`on_workers`]; each worker has `threads` threads for what is exact in any order.
-fn on_workers_with<B>(workers: usize, threads: usize, halt: &Arc<Halt>, build: B) -> Result<()>
-where
-    B: Fn(&mut Worker) -> Result<()> + Send + Sync + 'static,
-{
     let flag = Arc::clone(halt);
     let body = move |worker: &mut Worker| {
-        // A pool of one thread, the worker's own: kernels that use rayon then stay on it. Beside a device, whose one worker packs all
-        // codes, more.
+        // A pool of one thread, the worker's own: kernels that use rayon then stay on it.
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
+            .num_threads(1)
             .use_current_thread()
             .build();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -79,14 +70,6 @@ where
     }
 }
 
-/// Threads that pack beside a device.
-fn pack_threads(shared: &Shared) -> usize {
-    match shared.tower.placement().on_device {
-        true => std::thread::available_parallelism().map_or(1, usize::from),
-        false => 1,
-    }
-}
-
 /// As [`on_workers`], each worker with its [`Local`] and its share of the resident activations.
 pub fn with_locals<B>(workers: usize, shared: &Arc<Shared>, build: B) -> Result<()>
 where
@@ -110,7 +93,7 @@ where
     let device = shared.tower.placement().device.clone();
     let device_bytes = shared.fit.device_activation_bytes as usize / workers;
     let for_workers = Arc::clone(shared);
-    on_workers_with(workers, pack_threads(shared), &shared.halt, move |worker| {
+    on_workers(workers, &shared.halt, move |worker| {
         let local = Rc::new(Local {
             shared: Arc::clone(&for_workers),
             index: worker.index(),

@@ -1,13 +1,13 @@
 //! Reads an output back and holds it against its source; needs no dataflow.
 
 use super::quantize::PROVENANCE;
-use crate::checkpoint::{TensorView, hex, read_json};
+use crate::checkpoint::{TensorView, digest, read_json};
 use crate::error::Result;
 use crate::model::{Coded, Tower};
 use crate::numerics::Grid;
 use candle_core::Device;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
+use sha2::Digest;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -77,12 +77,12 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
     found
         .problems
         .extend(strange.map(|name| format!("{name} is in no source, and not of a linear's codes")));
-    let mut hash = Sha256::new();
-    for name in checkpoint.names() {
+    let names: Vec<&str> = checkpoint.names().collect();
+    found.output_digest = digest(&names, |name, hash| {
         hash.update(checkpoint.tensor(name)?.bytes);
         checkpoint.release(name);
-    }
-    found.output_digest = hex(&hash.finalize());
+        Ok(())
+    })?;
     let provenance = output.join(PROVENANCE);
     if provenance.is_file() {
         let recorded = read_json(&provenance)?;

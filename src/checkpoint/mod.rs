@@ -4,7 +4,7 @@
 mod output;
 mod shards;
 
-pub use output::{OutputLayout, OutputWriter, Placement};
+pub use output::{OutputLayout, OutputWriter, Placement, digest};
 pub(crate) use output::{header, hex};
 pub(crate) use shards::read_json;
 pub use shards::{Checkpoint, TensorView};

@@ -5,6 +5,7 @@ use super::Checkpoint;
 use crate::error::{Error, Result};
 use crate::formats::TensorSpec;
 use crate::storage::{self, PartialFile};
+use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
@@ -239,17 +240,20 @@ impl OutputWriter {
         self.files.iter().try_for_each(PartialFile::sync)
     }
 
-    /// SHA-256 over the bytes of all tensors in the order of their names, as hex digits. Read from the files, not from memory.
+    /// [`digest`] of the output. Read from the files, not from memory.
+    ///
+    /// # Errors
+    /// They cannot be read.
     pub fn digest(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        for at in self.layout.tensors.values() {
+        let tensors: Vec<&Placement> = self.layout.tensors.values().collect();
+        digest(&tensors, |at, hash| {
             let length = at.spec.byte_len();
             for begin in (0..length).step_by(DIGEST_CHUNK_BYTES) {
                 let chunk = DIGEST_CHUNK_BYTES.min(length - begin);
                 hash.update(self.files[at.shard].read_at(chunk, at.offset + begin as u64)?);
             }
-        }
-        Ok(hex(&hash.finalize()))
+            Ok(())
+        })
     }
 
     /// Writes the index and gives every shard its final name.
@@ -273,6 +277,21 @@ fn expect_length(at: &Placement, length: usize) -> Result<()> {
             "this is a bug in quantflow: please report it",
         )),
     }
+}
+
+/// The digest of an output, as hex digits: SHA-256 over the SHA-256 of each tensor's bytes, in the order of their names, so that tensors are read
+/// side by side. `read` hands over the bytes of one.
+///
+/// # Errors
+/// Those of `read`.
+pub fn digest<T: Sync>(tensors: &[T], read: impl Fn(&T, &mut Sha256) -> Result<()> + Sync) -> Result<String> {
+    let digests = tensors.par_iter().map(|tensor| {
+        let mut hash = Sha256::new();
+        read(tensor, &mut hash)?;
+        Ok(hash.finalize())
+    });
+    let digests: Vec<_> = digests.collect::<Result<_>>()?;
+    Ok(hex(&Sha256::digest(digests.concat())))
 }
 
 /// Lower-case hex digits.

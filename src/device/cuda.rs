@@ -5,8 +5,8 @@ use super::matrix::{Matrix, Operands};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{self, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
-    sys as driver,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
+    PushKernelArg, result as driver_result, sys as driver,
 };
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
@@ -521,6 +521,70 @@ pub(crate) fn upload(device: &CudaDevice, bytes: &[u8], dtype: DType) -> Result<
             other => bail!("no upload of {other:?}"),
         }
     }
+}
+
+/// A point in the work of a device.
+pub(crate) type Event = CudaEvent;
+
+/// The point after all that was asked of the device so far.
+pub(crate) fn record(device: &CudaDevice) -> Result<Event> {
+    device.cuda_stream().record_event(None).w()
+}
+
+/// Bytes that come to the host at a time.
+const DOWNLOAD_BYTES: usize = 32 << 20;
+
+/// A page-locked buffer and a stream of its own: what is copied to the host does not wait for what was asked of the device later.
+struct Downloads {
+    stream: Arc<CudaStream>,
+    buffer: PinnedHostSlice<u8>,
+}
+
+impl Downloads {
+    fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        // SAFETY: a part of it is read after it has been written. Not write-combined, as such memory is slow to read.
+        let buffer = unsafe { context.alloc_pinned_with_flags::<u8>(DOWNLOAD_BYTES, 0) }.w()?;
+        Ok(Self {
+            stream: context.new_stream().w()?,
+            buffer,
+        })
+    }
+
+    /// Fills `out` with the bytes from `address` on.
+    fn download(&mut self, address: u64, out: &mut [u8]) -> Result<()> {
+        for (i, part) in out.chunks_mut(DOWNLOAD_BYTES).enumerate() {
+            let buffer = &mut self.buffer.as_mut_slice().w()?[..part.len()];
+            let from = address + (i * DOWNLOAD_BYTES) as u64;
+            // SAFETY: so many bytes are there, in a tensor that the caller holds, and nobody touches the buffer until they have come.
+            unsafe { driver_result::memcpy_dtoh_async(buffer, from, self.stream.cu_stream()) }.w()?;
+            self.stream.synchronize().w()?;
+            part.copy_from_slice(buffer);
+        }
+        Ok(())
+    }
+}
+
+/// The values of a contiguous part of a storage, which the device has made before `event`.
+pub(crate) fn download<T: bytemuck::Pod>(
+    storage: &CudaStorage,
+    layout: &Layout,
+    event: &Event,
+) -> Result<Vec<T>> {
+    thread_local! {
+        static DOWNLOADS: RefCell<Option<Downloads>> = const { RefCell::new(None) };
+    }
+    let address = address(storage, layout)?;
+    let stream = storage.device.cuda_stream();
+    let mut out = vec![T::zeroed(); layout.shape().elem_count()];
+    DOWNLOADS.with_borrow_mut(|kept| {
+        let downloads = match kept {
+            Some(downloads) if Arc::ptr_eq(downloads.stream.context(), stream.context()) => downloads,
+            other => other.insert(Downloads::new(stream.context())?),
+        };
+        downloads.stream.wait(event).w()?;
+        downloads.download(address, bytemuck::cast_slice_mut(&mut out))
+    })?;
+    Ok(out)
 }
 
 /// The owner of `count` values at `address`, from now on.

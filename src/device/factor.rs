@@ -2,7 +2,7 @@
 
 use super::matrix::{product, select_rows};
 use super::sums::Sums;
-use super::{doubles, row_stride, vector};
+use super::{doubles, row_stride, values, vector};
 use crate::error::{Error, Result};
 use crate::numerics::factor::{ColumnOrder, Damped, damped, factor_block};
 use crate::statistics::Product;
@@ -44,7 +44,7 @@ impl Factor {
             .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
         let inverse = sums.inverse_scales()?;
         let diagonal = sum.flatten_all()?.index_select(&diagonal(sum)?, 0)?;
-        let energies = diagonal.to_vec1::<i64>()?.into_iter().zip(doubles(&inverse)?);
+        let energies = values::<i64>(&diagonal)?.into_iter().zip(doubles(&inverse)?);
         let energies: Vec<f64> = energies
             .map(|(sum, inverse)| sum as f64 * inverse * inverse)
             .collect();
@@ -183,7 +183,7 @@ impl InplaceOp1 for FillHessian<'_> {
         let (width, _) = layout.shape().dims2()?;
         let out = matrix_mut(storage, layout)?;
         let (inverse, order) = (doubles(self.inverse)?, self.order.to_vec1::<u32>()?);
-        let sums = self.sums.flatten_all()?.to_vec1::<i64>()?;
+        let sums = values::<i64>(self.sums)?;
         let diagonal = self.diagonal.as_ref().map(doubles).transpose()?;
         for row in 0..width {
             let columns = if diagonal.is_some() { row + 1 } else { width };
@@ -238,8 +238,7 @@ impl InplaceOp1 for FillShift<'_> {
         let (width, _) = layout.shape().dims2()?;
         let out = matrix_mut(storage, layout)?;
         let inverse = doubles(self.inverse)?;
-        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<i64>();
-        let (cross, sums) = (values(self.cross)?, values(self.sums)?);
+        let (cross, sums) = (values::<i64>(self.cross)?, values::<i64>(self.sums)?);
         for (i, out) in out.iter_mut().enumerate() {
             let (row, column) = (i / width, i % width);
             *out = cross[i] as f64 * inverse[row] * inverse[column] - symmetric(&sums, &inverse, row, column);

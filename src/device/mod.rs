@@ -14,19 +14,28 @@ mod placement;
 pub mod solver;
 pub mod speed;
 pub mod sums;
-pub mod weights;
+pub mod transfer;
 
 pub use placement::{DeviceChoice, Placement};
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor, WithDType, bail};
 
-/// The values of a contiguous f64 tensor on the CPU, for the plain side of an operation.
+/// The values of a tensor, row-major. Of a part of a matrix on a device that part alone comes to the host: candle copies all of it.
+pub(crate) fn values<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
+    let flat = tensor.flatten_all()?;
+    match tensor.device().is_cpu() {
+        true => flat.to_vec1(),
+        false => flat.force_contiguous()?.to_vec1(),
+    }
+}
+
+/// [`values`] of an f64 tensor.
 fn doubles(tensor: &Tensor) -> Result<Vec<f64>> {
-    tensor.flatten_all()?.to_vec1()
+    values(tensor)
 }
 
 /// A vector on the device of another tensor.
-fn vector<T: candle_core::WithDType>(values: &[T], like: &Tensor) -> Result<Tensor> {
+fn vector<T: WithDType>(values: &[T], like: &Tensor) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), like.device())
 }
 

@@ -4,6 +4,7 @@
 
 use super::factor::{Factor, matrix_mut};
 use super::matrix::{product, select_rows};
+use super::transfer::{Codes, Mark, download};
 use super::{doubles, vector};
 use crate::error::Result;
 use crate::numerics::scales::{Scales, search};
@@ -13,7 +14,9 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
 
 /// Columns of a block. kernels/solver.cu keeps a block of a lane in shared memory.
 const BLOCK: usize = 64;
-/// Threads of its launches.
+/// Outputs whose energy is summed at a time.
+const ENERGY_ROWS: usize = 1024;
+/// Threads of a block's launches.
 #[cfg(feature = "cuda")]
 const BLOCK_THREADS: u32 = 64;
 /// Bytes of one matrix `[width, lanes]`; about ten of them are in memory at a time.
@@ -28,17 +31,12 @@ pub fn rows_at_a_time(width: usize) -> usize {
 ///
 /// # Errors
 /// The device has no memory left.
-pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<SolvedRows> {
+pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<Solved> {
     let problem = Problem::new(weights, grid)?;
     let importance = Tensor::ones(problem.width, DType::F64, weights.device())?;
     let (state, scales) = problem.round(&lanes_of(weights)?, &importance)?;
-    let tally = |row: usize| -> Result<f64> { total(&state.get(problem.width + row)?) };
-    Ok(SolvedRows {
-        error: tally(0)?,
-        energy: tally(1)?,
-        clipped: tally(2)? as u64,
-        weight: problem.assemble(&state.narrow(0, 0, problem.width)?, &scales)?,
-    })
+    let tallies = state.narrow(0, problem.width, 3)?;
+    problem.solved(&state.narrow(0, 0, problem.width)?, &scales, tallies)
 }
 
 /// As [`crate::numerics::predict::predicted_loss`], for `weights` `[rows, width]`.
@@ -57,36 +55,75 @@ pub fn predicted_loss(weights: &Tensor, importance: &Tensor, grid: Grid) -> Resu
 ///
 /// # Errors
 /// The device has no memory left.
-pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions) -> Result<SolvedRows> {
+pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions) -> Result<Solved> {
     let problem = Problem::new(weights, grid)?;
     let target = factor.target(&lanes_of(weights)?, options.match_original)?;
     let scales = problem.search(&target, &factor.importance()?)?;
     let swept = problem.sweep(&target, factor, &scales)?;
-    let (codes, error) = match (options.refine_rounds, &factor.gram) {
-        (0, _) | (_, None) => (swept.codes, swept.error),
+    let (codes, errors) = match (options.refine_rounds, &factor.gram) {
+        (0, _) | (_, None) => (swept.codes, swept.errors),
         (rounds, Some(gram)) => {
             let damping = vector(&factor.damped.damping, gram)?;
             let hessian = Hessian { gram, damping };
             problem.refine(&target, swept.codes, &scales, &hessian, rounds)?
         }
     };
-    Ok(SolvedRows {
-        weight: problem.assemble(&codes, &scales)?,
-        error,
-        energy: swept.energy,
-        clipped: swept.clipped,
-    })
+    let tallies = Tensor::stack(&[errors, swept.energies, swept.clipped], 0)?;
+    problem.solved(&codes, &scales, tallies)
 }
 
 /// As [`crate::numerics::solver::output_error`], for `weights` `[rows, width]` and `hessian` `[width, width]`.
 ///
 /// # Errors
 /// The device has no memory left.
-pub fn output_error(weights: &Tensor, quantized: &QuantizedWeight, hessian: &Tensor) -> Result<(f64, f64)> {
+pub fn output_error(weights: &Tensor, solved: &Solved, hessian: &Tensor) -> Result<(f64, f64)> {
     let energy = |lanes: &Tensor| total(&(product(hessian, lanes)? * lanes)?.sum(0)?);
     let whole = lanes_of(weights)?;
-    let values = super::weights::dequantize(quantized, DType::F32, weights.device())?;
+    let values = solved.dequantize(DType::F32)?;
     Ok((energy(&(&whole - lanes_of(&values)?)?)?, energy(&whole)?))
+}
+
+/// Codes of some rows and what the report tells of them, where they were chosen: nobody has waited for them.
+#[derive(Clone, Debug)]
+pub struct Solved {
+    codes: Codes,
+    /// Squared error, energy and clipped codes of each row, `[3, rows]` f64.
+    tallies: Tensor,
+    made: Mark,
+}
+
+impl Solved {
+    /// On the host. Waits for the solution, not for what was asked of the device after it, on whatever thread.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn to_rows(&self) -> Result<SolvedRows> {
+        let codes = &self.codes;
+        let (rows, columns) = codes.codes.dims2()?;
+        let tallies: Vec<f64> = download(&self.tallies, &self.made)?;
+        let tally = |at: usize| tallies[at * rows..][..rows].iter().sum::<f64>();
+        Ok(SolvedRows {
+            weight: QuantizedWeight {
+                grid: codes.grid,
+                rows,
+                columns,
+                codes: download(&codes.codes, &self.made)?,
+                scales: download(&codes.scales, &self.made)?,
+                zeros: download(&codes.zeros, &self.made)?,
+            },
+            error: tally(0),
+            energy: tally(1),
+            clipped: tally(2) as u64,
+        })
+    }
+
+    /// The values that the codes mean, `[rows, columns]` of `dtype`.
+    ///
+    /// # Errors
+    /// The device has no memory left.
+    pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
+        Ok(self.codes.dequantize(dtype)?)
+    }
 }
 
 /// What all steps know of the linear.
@@ -101,9 +138,10 @@ struct Problem<'a> {
 struct Swept {
     /// `[width, lanes]`, original column order.
     codes: Tensor,
-    error: f64,
-    energy: f64,
-    clipped: u64,
+    /// By lane, f64.
+    errors: Tensor,
+    energies: Tensor,
+    clipped: Tensor,
 }
 
 /// H_d, in original order.
@@ -207,18 +245,24 @@ impl<'a> Problem<'a> {
                 rows,
             })?;
         }
-        // As on the CPU, single precision is enough for what decides no code.
-        let narrow = |tensor: &Tensor| tensor.to_dtype(DType::F32);
-        let outputs = product(&narrow(lower)?.t()?, &narrow(&target)?)?;
+        // As on the CPU, single precision is enough for what decides no code. Above the diagonal L is zero.
+        let (lower, target) = (lower.to_dtype(DType::F32)?, target.to_dtype(DType::F32)?);
+        let mut energies = Tensor::zeros(lanes, DType::F32, self.like.device())?;
+        for first in (0..width).step_by(ENERGY_ROWS) {
+            let (rows, below) = (ENERGY_ROWS.min(width - first), width - first);
+            let strip = lower.narrow(0, first, below)?.narrow(1, first, rows)?;
+            let outputs = product(&strip.t()?, &target.narrow(0, first, below)?)?;
+            energies = (energies + outputs.sqr()?.sum(0)?)?;
+        }
         Ok(Swept {
             codes: select_rows(&state.narrow(0, width, width)?, &factor.rows)?,
-            error: total(&state.get(2 * width)?)?,
-            energy: total(&outputs.reshape((width, lanes))?.sqr()?.sum(0)?)?,
-            clipped: total(&state.get(2 * width + 1)?)? as u64,
+            errors: state.get(2 * width)?,
+            energies: energies.to_dtype(DType::F64)?,
+            clipped: state.get(2 * width + 1)?,
         })
     }
 
-    /// As [`crate::numerics`]' refinement: changes `scales` in place; returns codes and tr(E H_d Eᵀ).
+    /// As [`crate::numerics`]' refinement: changes `scales` in place; returns codes and each lane's part of tr(E H_d Eᵀ).
     fn refine(
         self,
         target: &Tensor,
@@ -226,7 +270,7 @@ impl<'a> Problem<'a> {
         scales: &Tensor,
         hessian: &Hessian<'_>,
         rounds: usize,
-    ) -> Result<(Tensor, f64)> {
+    ) -> Result<(Tensor, Tensor)> {
         let mut codes = codes;
         for _ in 0..rounds {
             let gradient = hessian.times(&self.errors(target, &codes, scales)?)?;
@@ -235,8 +279,8 @@ impl<'a> Problem<'a> {
             codes = self.descend(&codes, scales, hessian, &gradient)?;
         }
         let errors = self.errors(target, &codes, scales)?;
-        let error = total(&(hessian.times(&errors)? * errors)?.sum(0)?)?;
-        Ok((codes, error))
+        let errors = (hessian.times(&errors)? * errors)?.sum(0)?;
+        Ok((codes, errors))
     }
 
     /// A group after the other, each seeing what the groups before it moved.
@@ -259,7 +303,7 @@ impl<'a> Problem<'a> {
             let curved = product(&rows.narrow(1, begin, group)?, &centred)?;
             let curved = (curved + centred.broadcast_mul(&damping)?)?;
             let scale = scales.get(g)?;
-            let before = scale.copy()?;
+            let before = scale.force_contiguous()?;
             scale.inplace_op1(&Refit {
                 slope: &(slope * &centred)?.sum(0)?,
                 curvature: &(curved * &centred)?.sum(0)?,
@@ -308,16 +352,19 @@ impl<'a> Problem<'a> {
         })
     }
 
-    fn assemble(self, codes: &Tensor, scales: &Tensor) -> Result<QuantizedWeight> {
-        let by_row = |values: &Tensor, dtype: DType| values.t()?.to_dtype(dtype)?.contiguous()?.flatten_all();
+    /// Codes `[width, lanes]`, scales and zero points, by row of the weight.
+    fn solved(self, codes: &Tensor, scales: &Tensor, tallies: Tensor) -> Result<Solved> {
+        let by_row = |values: &Tensor, dtype: DType| values.t()?.to_dtype(dtype)?.contiguous();
         let groups = self.groups();
-        Ok(QuantizedWeight {
-            grid: self.grid,
-            rows: self.lanes,
-            columns: self.width,
-            codes: by_row(codes, DType::U8)?.to_vec1()?,
-            scales: by_row(&scales.narrow(0, 0, groups)?, DType::F32)?.to_vec1()?,
-            zeros: by_row(&scales.narrow(0, groups, groups)?, DType::U8)?.to_vec1()?,
+        Ok(Solved {
+            codes: Codes {
+                grid: self.grid,
+                codes: by_row(codes, DType::U8)?,
+                scales: by_row(&scales.narrow(0, 0, groups)?, DType::F32)?,
+                zeros: by_row(&scales.narrow(0, groups, groups)?, DType::U8)?,
+            },
+            tallies: tallies.force_contiguous()?,
+            made: Mark::new(self.like.device())?,
         })
     }
 }

@@ -204,7 +204,7 @@ impl Sums {
                 let rows = panels::PANEL_ROWS.min(sums.dim(0)? - first);
                 let columns = values.len() / rows;
                 let panel = sums.narrow(0, first, rows)?.narrow(1, width - columns, columns)?;
-                values.copy_from_slice(&panel.contiguous()?.flatten_all()?.to_vec1::<i64>()?);
+                values.copy_from_slice(&super::values(&panel)?);
                 Ok(())
             },
         )

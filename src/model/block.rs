@@ -66,6 +66,7 @@ impl Block {
     pub fn attend(&self, x: &Tensor, linears: &[Linear], length: usize) -> Result<Tensor> {
         let spec = &self.spec;
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let x = &x.to_dtype(precision(linears))?;
         let (q, k, v) = match linears {
             [fused] => {
                 let y = fused.forward(x)?;
@@ -121,6 +122,7 @@ impl Block {
 
     /// input of gate and up → input of down
     pub fn gate(&self, x: &Tensor, linears: &[Linear]) -> Result<Tensor> {
+        let x = &x.to_dtype(precision(linears))?;
         let (gate, up) = match linears {
             [fused] => {
                 let y = fused.forward(x)?;

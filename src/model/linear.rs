@@ -2,7 +2,7 @@
 //! often the largest part of its memory. Values in f32 are made a panel of rows at a time, where a product needs them; beside the product
 //! that costs little, as each is used for every token of a batch.
 
-use crate::device::matrix::product;
+use crate::device::{self, matrix::product};
 use crate::numerics::QuantizedWeight;
 use crate::numerics::fp8::Float8Matrix;
 use crate::numerics::gemm::{self, View, ViewMut};
@@ -53,7 +53,7 @@ impl Weight {
     }
 
     /// Rows and columns.
-    fn sides(&self) -> Result<(usize, usize)> {
+    pub(super) fn sides(&self) -> Result<(usize, usize)> {
         match self {
             Self::Whole(weight) | Self::Halves(weight) => weight.dims2(),
             Self::Codes(weight) => Ok((weight.rows, weight.columns)),
@@ -68,7 +68,7 @@ impl Weight {
     pub fn rows(&self, rows: Range<usize>) -> Result<Vec<f32>> {
         if let Self::Whole(weight) = self {
             let rows = weight.narrow(0, rows.start, rows.len())?;
-            return rows.flatten_all()?.to_dtype(DType::F32)?.to_vec1();
+            return device::values(&rows.to_dtype(DType::F32)?);
         }
         let mut values = vec![0.0; rows.len() * self.sides()?.1];
         self.widen(rows, &mut values)?;

@@ -12,6 +12,7 @@ use super::linear::Linear;
 use super::ops;
 use super::sites::LinearSpec;
 use super::spec::MixtureSpec;
+use crate::device;
 use crate::error;
 use crate::numerics::routing::{self, Routing};
 use candle_core::{Result, Tensor};
@@ -49,7 +50,7 @@ impl Block {
     /// input of gate and up, `[tokens, hidden]` → where each token goes
     pub fn route(&self, x: &Tensor) -> Result<Routing> {
         let (spec, weights) = self.mixture()?;
-        let logits = weights.router.forward(x)?.flatten_all()?.to_vec1::<f32>()?;
+        let logits = device::values::<f32>(&weights.router.forward(x)?)?;
         Ok(routing::route(
             &logits,
             weights.correction.as_deref(),

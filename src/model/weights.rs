@@ -221,7 +221,7 @@ impl Tower {
             view.and_then(|view| Some((view, float(view.dtype).filter(|dtype| *dtype != DType::F32)?)));
         match halves {
             Some((view, dtype)) if on_device && dtype == self.precision() => {
-                let weight = device::weights::upload(view.bytes, dtype, view.shape, self.device())?;
+                let weight = device::transfer::upload(view.bytes, dtype, view.shape, self.device())?;
                 self.checkpoint.release(name);
                 Ok(Weight::Whole(weight))
             }
@@ -289,17 +289,27 @@ impl Tower {
         }
     }
 
+    /// Quantized values, where the model runs.
+    ///
+    /// # Errors
+    /// The device has no memory left.
+    pub fn quantized_weight(&self, weight: Arc<QuantizedWeight>) -> Result<Weight> {
+        Ok(match self.placement().on_device {
+            true => Weight::Whole(device::transfer::dequantize(
+                &weight,
+                self.precision(),
+                self.device(),
+            )?),
+            false => Weight::Codes(weight),
+        })
+    }
+
     /// A linear with another, quantized weight, and its own bias.
     ///
     /// # Errors
     /// The weight has another shape than config.json asks for.
-    pub fn quantized_linear(
-        &self,
-        block: usize,
-        linear: &LinearSpec,
-        weight: Arc<QuantizedWeight>,
-    ) -> Result<Linear> {
-        let shape = (weight.rows, weight.columns);
+    pub fn quantized_linear(&self, block: usize, linear: &LinearSpec, weight: Weight) -> Result<Linear> {
+        let shape = weight.sides()?;
         if shape != (linear.rows, linear.columns) {
             return Err(Error::invalid(
                 self.linear_name(block, linear),
@@ -311,14 +321,7 @@ impl Tower {
             ));
         }
         Ok(Linear {
-            weight: match self.placement().on_device {
-                true => Weight::Whole(device::weights::dequantize(
-                    &weight,
-                    self.precision(),
-                    self.device(),
-                )?),
-                false => Weight::Codes(weight),
-            },
+            weight,
             bias: self.bias(block, linear)?,
         })
     }
@@ -354,6 +357,11 @@ pub(super) fn unreadable(name: &str, dtype: Dtype) -> Error {
 
 /// Copies a tensor out of the memory map, in f32.
 pub(super) fn widen(tensor: &TensorView<'_>, device: &Device) -> Result<Tensor> {
+    if let (false, Some(dtype)) = (device.is_cpu(), float(tensor.dtype)) {
+        // As they are stored: half the way, and the device widens faster.
+        let narrow = device::transfer::upload(tensor.bytes, dtype, tensor.shape, device)?;
+        return Ok(narrow.to_dtype(DType::F32)?);
+    }
     let mut values = Vec::with_capacity(tensor.shape.iter().product());
     widen_onto(&mut values, tensor.name, tensor.dtype, tensor.bytes)?;
     Ok(Tensor::from_vec(values, tensor.shape, device)?)

@@ -1,6 +1,7 @@
 //! The activation store: what lies between two stages, per batch and stream. On the device, where there is one, up to a budget, then in
 //! memory up to another, in a scratch file beyond that.
 
+use crate::device::values;
 use crate::error::{Error, Result};
 use crate::numerics::halves;
 use crate::storage::ScratchFile;
@@ -191,7 +192,7 @@ impl ActivationStore {
         Ok(offset)
     }
 
-    /// What was kept under `key`, in f32.
+    /// What was kept under `key`, in f32; a site's input that is on the device as its linears take it.
     ///
     /// # Errors
     /// Nothing was, or the scratch file cannot be read.
@@ -213,6 +214,7 @@ impl ActivationStore {
         let count = entry.rows * entry.columns;
         let read;
         let bytes: &[u8] = match (&entry.place, &self.scratch) {
+            (Place::Device(value), _) if key.2 == Slot::SiteInput => return Ok(Some(value.clone())),
             (Place::Device(value), _) => return Ok(Some(value.to_dtype(DType::F32)?)),
             (Place::Resident(bytes), _) => bytes,
             (Place::Spilled(offset), Some(scratch)) => {
@@ -256,7 +258,10 @@ impl ActivationStore {
 
 /// Reads the values of a tensor in f32, row-major, where they are; of one on a device, a copy.
 pub(super) fn with_values<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
-    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    if !tensor.device().is_cpu() {
+        return Ok(read(&values::<f32>(&tensor.to_dtype(DType::F32)?)?));
+    }
+    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(values), Some((begin, end))) => Ok(read(&values.as_slice()?[begin..end])),

@@ -2,56 +2,90 @@
 
 use super::activations::Stream;
 use super::at_step_end;
-use super::local::Local;
-use super::records::{Committed, PackedLinear};
+use super::behind::Behind;
+use super::local::{Local, Shared};
+use super::pack::packed;
+use super::records::{Committed, Content, PackedLinear};
+use crate::error::{Error, Result};
 use crate::ledger::Record;
+use crate::report::Row;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use timely::dataflow::StreamVec;
 use timely::dataflow::operators::vec::Broadcast;
 
-/// Runs on one worker of each output folder. One record a linear and worker.
+/// Runs on one worker of each output folder. One record a linear and worker. What is on a device is packed and written behind the run, at most
+/// one step.
 pub fn commit<'scope>(
     packed: StreamVec<'scope, u64, PackedLinear>,
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, Committed> {
     let shared = Arc::clone(&local.shared);
-    let mut rows = Vec::new();
+    let rows: Arc<Mutex<Vec<Row>>> = Arc::default();
+    let behind = (shared.tower.placement().on_device).then(|| Behind::new(&shared.halt));
     let committed = at_step_end(
         packed,
         "commit",
         |_| 0,
         local,
-        move |step, mut packed: Vec<PackedLinear>| {
-            packed.sort_by_key(|linear| linear.linear);
-            for linear in &packed {
-                let planned = &shared.plan.linears[linear.linear];
-                for (spec, bytes) in shared.plan.tensors(planned).iter().zip(&linear.tensors) {
-                    shared.output.writer()?.write(&spec.name, bytes)?;
-                }
-                if let Some(row) = &linear.row {
-                    shared.observer.linear(row);
-                    rows.push(row.clone());
-                }
+        move |step, mut linears: Vec<PackedLinear>| {
+            linears.sort_by_key(|linear| linear.linear);
+            let mut contents = Vec::with_capacity(linears.len());
+            let mut committed = Vec::with_capacity(linears.len());
+            for linear in linears {
+                contents.push((linear.linear, linear.content));
+                committed.push(Committed {
+                    linear: linear.linear,
+                    quantized: linear.quantized,
+                    bytes: linear.bytes,
+                });
+            }
+            let writing = {
+                let (shared, rows) = (Arc::clone(&shared), Arc::clone(&rows));
+                move || write(&shared, step, contents, &rows)
+            };
+            match &behind {
+                Some(behind) => behind.run(writing)?,
+                None => writing()?,
             }
             if !shared.pass.streams().contains(&Stream::Original) {
                 shared.stages.forget_original(step);
             }
-            if shared.plan.ends_block(step) {
-                shared.output.writer()?.sync()?;
-                let rows = std::mem::take(&mut rows);
-                shared.output.note(Record::Block {
-                    block: shared.plan.step(step).0 as u64,
-                    rows,
-                })?;
-            }
-            let committed = packed.into_iter().map(|linear| Committed {
-                linear: linear.linear,
-                quantized: linear.quantized,
-                bytes: linear.bytes,
-            });
-            Ok(committed.collect())
+            Ok(committed)
         },
     );
     committed.broadcast()
+}
+
+/// Writes a step's linears; `rows` has those of the block so far.
+fn write(shared: &Shared, step: u64, contents: Vec<(usize, Content)>, rows: &Mutex<Vec<Row>>) -> Result<()> {
+    let mut rows = rows
+        .lock()
+        .map_err(|_| Error::Worker("a thread stopped while it wrote".into()))?;
+    let writer = shared.output.writer()?;
+    for (linear, content) in contents {
+        let planned = &shared.plan.linears[linear];
+        let (content, _codes) = match content {
+            Content::Packed(packed) => (packed, None),
+            Content::Solved(chunks) => {
+                let made = packed(shared, planned, chunks)?;
+                made.map(|(_, packed, codes)| (packed, codes)).unzip()
+            }
+        };
+        let Some(packed) = content else { continue };
+        for (spec, bytes) in shared.plan.tensors(planned).iter().zip(&packed.tensors) {
+            writer.write(&spec.name, bytes)?;
+        }
+        shared.observer.linear(&packed.row);
+        rows.push(packed.row);
+    }
+    shared.output.note_written(step);
+    if shared.plan.ends_block(step) {
+        writer.sync()?;
+        shared.output.note(Record::Block {
+            block: shared.plan.step(step).0 as u64,
+            rows: std::mem::take(&mut rows),
+        })?;
+    }
+    Ok(())
 }

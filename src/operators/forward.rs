@@ -120,6 +120,11 @@ impl<'a> Passage<'a> {
         shared.stages.block(block, &shared.tower, &shared.rotary)
     }
 
+    /// A site's input as its linears take it: it is kept and summed so, too.
+    fn rounded(&self, x: Tensor) -> Result<Tensor> {
+        Ok(x.to_dtype(self.local.shared.tower.precision())?)
+    }
+
     fn key(&self, slot: Slot) -> Key {
         (self.position, self.stream, slot)
     }
@@ -210,6 +215,7 @@ fn advance_stream(passage: &Passage<'_>, step: u64) -> Result<Option<Tensor>> {
                 }
                 _ => layer.attend(&layer.enter(&passage.get(Slot::Residual)?)?, &before()?, length)?,
             };
+            let x = passage.rounded(x)?;
             passage.put(Slot::SiteInput, &x)?;
             x
         }
@@ -227,6 +233,7 @@ fn advance_stream(passage: &Passage<'_>, step: u64) -> Result<Option<Tensor>> {
         // Of the MLP, or of a mixture's shared expert.
         SiteKind::Down => {
             let x = layer.gate(&layer.mlp_input(&passage.get(Slot::Residual)?)?, &before()?)?;
+            let x = passage.rounded(x)?;
             passage.put(Slot::SiteInput, &x)?;
             x
         }

@@ -2,11 +2,10 @@
 
 use super::at_step_end;
 use super::local::{Local, Shared};
-use super::records::{Committed, Go};
+use super::records::{Committed, Go, Quantized};
 use super::stages::Held;
 use crate::budget::Grant;
-use crate::error::Result;
-use crate::numerics::QuantizedWeight;
+use crate::error::{Error, Result};
 use crate::plan::PlannedLinear;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -46,6 +45,10 @@ pub fn install<'scope>(
 /// A step's linears as the quantized model has them, read back from the output.
 pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Held>> {
     let plan = &shared.plan;
+    if !shared.output.is_written(step, plan.step(step).0) {
+        let problem = format!("the weights of step {step} were asked for before they were written");
+        return Err(Error::Worker(problem));
+    }
     let config = plan.format.quantization_config(&plan.layouts());
     let writer = shared.output.writer()?;
     let read = |name: &str| {
@@ -61,7 +64,8 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Held>> {
                 .grid
                 .map(|_| plan.format.unpack(&linear.name, &config, &read))
                 .transpose()?;
-            installed(shared, linear, weight.map(Arc::new), codes)
+            let weight = weight.map(|weight| Quantized::Codes(Arc::new(weight)));
+            installed(shared, linear, weight, codes)
         })
         .collect()
 }
@@ -70,7 +74,7 @@ pub fn committed_linears(shared: &Shared, step: u64) -> Result<Vec<Held>> {
 fn installed(
     shared: &Shared,
     linear: &PlannedLinear,
-    weight: Option<Arc<QuantizedWeight>>,
+    weight: Option<Quantized>,
     codes: Grant,
 ) -> Result<Held> {
     let (stages, plan, tower) = (&shared.stages, &shared.plan, &shared.tower);

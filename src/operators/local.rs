@@ -17,7 +17,7 @@ use crate::report::{Clock, Observer};
 use crate::statistics::Product;
 use std::cell::RefCell;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Stops a run: raised by the first error or by Ctrl-C, seen by every worker between two pieces of work.
@@ -56,6 +56,8 @@ pub struct Output {
     pub ledger: Mutex<Ledger>,
     /// Facts of earlier runs of the same command, and of this one.
     pub records: Mutex<Vec<Record>>,
+    /// Steps that this run has written, from the first of the plan.
+    written: AtomicU64,
 }
 
 impl Output {
@@ -69,6 +71,7 @@ impl Output {
             writer: None,
             ledger: Mutex::new(ledger),
             records: Mutex::new(records),
+            written: AtomicU64::new(0),
         })
     }
 
@@ -86,6 +89,16 @@ impl Output {
             observer.note(&format!("continuing: {done} of {blocks} blocks are done"));
         }
         done
+    }
+
+    /// Notes that a step's tensors are in the shards: they can be read back.
+    pub(super) fn note_written(&self, step: u64) {
+        self.written.store(step + 1, Ordering::Release);
+    }
+
+    /// Whether the tensors of `step`, of the block `block`, are in the shards.
+    pub(super) fn is_written(&self, step: u64, block: usize) -> bool {
+        block < self.blocks_done() || step < self.written.load(Ordering::Acquire)
     }
 
     /// Notes a fact, durably. The data that it speaks of has to be synced before.

@@ -3,6 +3,7 @@
 
 pub mod accumulate;
 pub mod activations;
+mod behind;
 pub mod carry;
 pub mod chunks;
 pub mod commit;

@@ -2,19 +2,22 @@
 
 use super::at_step_end;
 use super::experts::tokens_min;
-use super::local::Local;
-use super::records::{FactorFacts, PackedLinear, SolvedChunk};
+use super::local::{Local, Shared};
+use super::records::{Content, FactorFacts, Packed, PackedLinear, Quantized, Rows, SolvedChunk};
+use crate::budget::Grant;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
 use crate::plan::PlannedLinear;
 use crate::report::Row;
+use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
 
-/// One record a linear, on the worker that packs it.
+/// One record a linear, on the worker that packs it. What is on a device stays there: the forward pass takes its values at once, and
+/// [`super::commit`] packs the rest of it.
 pub fn pack<'scope>(
     chunks: StreamVec<'scope, u64, SolvedChunk>,
     local: Rc<Local>,
@@ -30,35 +33,71 @@ pub fn pack<'scope>(
             for chunk in chunks {
                 linears.entry(chunk.linear).or_default().push(chunk);
             }
+            let linears = linears.into_iter();
             linears
-                .into_iter()
                 .map(|(linear, mut chunks)| {
                     chunks.sort_by_key(|chunk| chunk.chunk);
                     let planned = &shared.plan.linears[linear];
-                    let (plan, budget) = (&shared.plan, &shared.budget);
-                    let bytes = budget.take("codes", plan.code_bytes(planned, planned.rows))?;
-                    let Some((weight, mut row)) = assemble(planned, chunks)? else {
+                    if let Some(values) = values(&shared, &chunks)? {
                         return Ok(PackedLinear {
                             linear,
-                            ..PackedLinear::default()
+                            quantized: Some(Quantized::Values(values)),
+                            content: Content::Solved(chunks),
+                            bytes: Grant::default(),
                         });
-                    };
-                    let sent = (planned.expert()).and_then(|e| shared.experts.of(planned.block, e));
-                    if let Some(sent) = sent {
-                        row.tokens = sent.tokens.max(0) as u64;
                     }
+                    let (quantized, packed) = match packed(&shared, planned, chunks)? {
+                        None => (None, None),
+                        Some((weight, packed, bytes)) => (Some((weight, bytes)), Some(packed)),
+                    };
+                    let (quantized, bytes) = quantized.unzip();
                     Ok(PackedLinear {
                         linear,
-                        packed: budget.take("packed tensors", plan.packed_bytes(planned))?,
-                        tensors: plan.format.pack(&weight),
-                        quantized: Some(Arc::new(weight)),
-                        row: Some(row),
-                        bytes,
+                        quantized: quantized.map(|weight| Quantized::Codes(Arc::new(weight))),
+                        content: Content::Packed(packed),
+                        bytes: bytes.unwrap_or_default(),
                     })
                 })
                 .collect()
         },
     )
+}
+
+/// The values of a linear whose codes are on a device.
+fn values(shared: &Shared, chunks: &[SolvedChunk]) -> Result<Option<Tensor>> {
+    let solved = chunks.iter().filter_map(|chunk| match &chunk.rows {
+        Some(Rows::Device(solved)) => Some(solved.dequantize(shared.tower.precision())),
+        _ => None,
+    });
+    let values = solved.collect::<Result<Vec<_>>>()?;
+    match &values[..] {
+        [] => Ok(None),
+        [values] => Ok(Some(values.clone())),
+        parts => Ok(Some(Tensor::cat(parts, 0)?)),
+    }
+}
+
+/// A linear's codes, what is written of it, and the codes' bytes; `None` for one that is left alone, or kept.
+pub(super) fn packed(
+    shared: &Shared,
+    planned: &PlannedLinear,
+    chunks: Vec<SolvedChunk>,
+) -> Result<Option<(QuantizedWeight, Packed, Grant)>> {
+    let (plan, budget) = (&shared.plan, &shared.budget);
+    let codes = budget.take("codes", plan.code_bytes(planned, planned.rows))?;
+    let Some((weight, mut row)) = assemble(planned, chunks)? else {
+        return Ok(None);
+    };
+    let sent = (planned.expert()).and_then(|e| shared.experts.of(planned.block, e));
+    if let Some(sent) = sent {
+        row.tokens = sent.tokens.max(0) as u64;
+    }
+    let packed = Packed {
+        bytes: budget.take("packed tensors", plan.packed_bytes(planned))?,
+        tensors: plan.format.pack(&weight),
+        row,
+    };
+    Ok(Some((weight, packed, codes)))
 }
 
 /// `None` for a linear that is left alone, or kept.
@@ -71,20 +110,26 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         grid,
         rows: 0,
         columns: planned.columns,
-        codes: Vec::with_capacity(planned.rows * planned.columns),
-        scales: Vec::with_capacity(planned.rows * groups),
-        zeros: Vec::with_capacity(planned.rows * groups),
+        codes: Vec::new(),
+        scales: Vec::new(),
+        zeros: Vec::new(),
     };
     let (mut error, mut energy, mut clipped, mut seconds) = (0.0, 0.0, 0, 0.0);
     let (mut held_out, mut damp) = (None, 0.0);
     let facts = chunks.first().map(|chunk| chunk.factor).unwrap_or_default();
     for chunk in chunks {
-        let Some(rows) = chunk.rows else { continue };
+        let Some(rows) = chunk.rows.map(Rows::to_host).transpose()? else {
+            continue;
+        };
         let share = rows.weight.rows as f64 / planned.rows as f64;
         weight.rows += rows.weight.rows;
-        weight.codes.extend(rows.weight.codes);
-        weight.scales.extend(rows.weight.scales);
-        weight.zeros.extend(rows.weight.zeros);
+        append(
+            &mut weight.codes,
+            rows.weight.codes,
+            planned.rows * planned.columns,
+        );
+        append(&mut weight.scales, rows.weight.scales, planned.rows * groups);
+        append(&mut weight.zeros, rows.weight.zeros, planned.rows * groups);
         error += rows.error;
         energy += rows.energy;
         clipped += rows.clipped;
@@ -121,6 +166,17 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         seconds,
     };
     Ok(Some((weight, row)))
+}
+
+/// Appends to what will have so many elements. A linear of one chunk is not copied.
+fn append<T>(all: &mut Vec<T>, part: Vec<T>, whole: usize) {
+    match all.is_empty() && part.len() == whole {
+        true => *all = part,
+        false => {
+            all.reserve_exact(whole - all.len());
+            all.extend(part);
+        }
+    }
 }
 
 /// What an expert's report says where too few tokens were sent to it.

@@ -1,7 +1,8 @@
 //! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
 
 use crate::budget::Grant;
-use crate::device::{self, sums::Sums};
+use crate::device::{self, solver::Solved, sums::Sums};
+use crate::error::Result;
 use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
 use crate::numerics::factor::Factor;
@@ -125,6 +126,26 @@ impl Default for SiteFactors {
     }
 }
 
+/// Codes of some rows, where they were chosen.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Rows {
+    /// In memory.
+    Host(SolvedRows),
+    /// On the device.
+    #[serde(skip)]
+    Device(Solved),
+}
+
+impl Rows {
+    /// In memory; those of a device are waited for.
+    pub(super) fn to_host(self) -> Result<SolvedRows> {
+        match self {
+            Self::Host(rows) => Ok(rows),
+            Self::Device(solved) => solved.to_rows(),
+        }
+    }
+}
+
 /// Some rows of a linear, solved.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SolvedChunk {
@@ -133,7 +154,7 @@ pub struct SolvedChunk {
     /// Position of the chunk within the linear.
     pub chunk: usize,
     /// `None` for a linear that is left alone.
-    pub rows: Option<SolvedRows>,
+    pub rows: Option<Rows>,
     /// The factor's damping and dead columns, for the report.
     pub factor: FactorFacts,
     /// Squared error of the outputs and their energy over held-out tokens.
@@ -171,23 +192,50 @@ pub struct PredictedChunk {
     pub losses: Vec<f64>,
 }
 
-/// A whole linear, in the output's layout.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+/// A whole linear: what the forward pass takes of it, and what the disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PackedLinear {
     /// Position in the plan.
     pub linear: usize,
-    /// `None` for a linear that is left alone.
-    pub quantized: Option<Arc<QuantizedWeight>>,
-    /// Bytes of the format's tensors, in its order.
-    pub tensors: Vec<Vec<u8>>,
-    /// Its line in the report.
-    pub row: Option<Row>,
+    /// For the forward pass; `None` for a linear that is left alone.
+    pub quantized: Option<Quantized>,
+    /// For the disk.
+    pub content: Content,
     /// Of the codes.
     #[serde(skip)]
     pub bytes: Grant,
+}
+
+/// A quantized weight, as the forward pass takes it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Quantized {
+    /// Its codes, in memory.
+    Codes(Arc<QuantizedWeight>),
+    /// Its values, `[rows, columns]` in the model's own dtype, on the device.
+    #[serde(skip)]
+    Values(Tensor),
+}
+
+/// What is to be written of a linear.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Content {
+    /// Nothing of a linear that is left alone.
+    Packed(Option<Packed>),
+    /// Chunks that are on the device still: they are packed while the device goes on.
+    #[serde(skip)]
+    Solved(Vec<SolvedChunk>),
+}
+
+/// A linear in the output's layout.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Packed {
+    /// Bytes of the format's tensors, in its order.
+    pub tensors: Vec<Vec<u8>>,
+    /// Its line in the report.
+    pub row: Row,
     /// Of the tensors.
     #[serde(skip)]
-    pub packed: Grant,
+    pub bytes: Grant,
 }
 
 /// A linear that is on its way to the disk: the forward pass may use it.
@@ -196,7 +244,7 @@ pub struct Committed {
     /// Position in the plan.
     pub linear: usize,
     /// `None` for a linear that is left alone.
-    pub quantized: Option<Arc<QuantizedWeight>>,
+    pub quantized: Option<Quantized>,
     /// Of the codes.
     #[serde(skip)]
     pub bytes: Grant,

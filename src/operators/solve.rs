@@ -2,12 +2,13 @@
 
 use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
-use super::records::{FactorFacts, Factored, SiteFactors, SolvedChunk};
+use super::records::{FactorFacts, Factored, Rows, SiteFactors, SolvedChunk};
+use crate::budget::Grant;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::panels::Panels;
-use crate::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
+use crate::numerics::solver::{GptqOptions, gptq, output_error, round_to_nearest};
 use crate::system::thread_cpu;
 use candle_core::Tensor;
 use std::rc::Rc;
@@ -26,8 +27,14 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
     let begin = thread_cpu();
     let plan = &local.shared.plan;
     let planned = &plan.linears[given.linear];
-    let codes = plan.code_bytes(planned, given.rows(local).len());
-    let bytes = local.shared.budget.take("codes", codes)?;
+    // What stays on a device takes no memory.
+    let bytes = match local.shared.tower.placement().on_device {
+        true => Grant::default(),
+        false => {
+            let codes = plan.code_bytes(planned, given.rows(local).len());
+            local.shared.budget.take("codes", codes)?
+        }
+    };
     let solution = match planned.to_solve() {
         None => None,
         Some(grid) => Some(solve_rows(local, &given, grid)?),
@@ -53,7 +60,7 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
 
 /// Rows, what the report tells of the factor that gave them, and their error and energy over held-out tokens.
 struct Solution {
-    rows: SolvedRows,
+    rows: Rows,
     facts: Option<FactorFacts>,
     held_out: Option<(f64, f64)>,
 }
@@ -74,7 +81,7 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
             dead,
         })
     };
-    let plain = |rows| Solution {
+    let plain = |rows: Rows| Solution {
         rows,
         facts: None,
         held_out: None,
@@ -82,12 +89,12 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
     match &factored.factors {
         SiteFactors::Host { factors, .. } if factors.is_empty() => {
             let rows = match local.shared.tower.placement().on_device {
-                true => device::solver::round_to_nearest(&given.tensor(local)?, grid)?,
-                false => round_to_nearest(
+                true => Rows::Device(device::solver::round_to_nearest(&given.tensor(local)?, grid)?),
+                false => Rows::Host(round_to_nearest(
                     &given.weights(local)?,
                     local.shared.plan.linears[given.linear].columns,
                     grid,
-                ),
+                )),
             };
             Ok(plain(rows))
         }
@@ -100,7 +107,7 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
                 Ok(Solution {
                     facts: facts(factor.damp_percent, factor.retries, factor.dead),
                     held_out: held_out.as_ref().map(measure),
-                    rows,
+                    rows: Rows::Host(rows),
                 })
             }))
         }
@@ -108,13 +115,12 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
             let weights = given.tensor(local)?;
             best(factors.iter().map(|factor| {
                 let rows = device::solver::gptq(&weights, factor, grid, options)?;
-                let measure =
-                    |hessian: &Tensor| device::solver::output_error(&weights, &rows.weight, hessian);
+                let measure = |hessian: &Tensor| device::solver::output_error(&weights, &rows, hessian);
                 let damped = &factor.damped;
                 Ok(Solution {
                     facts: facts(damped.damp_percent, damped.retries, damped.dead),
                     held_out: held_out.as_ref().map(measure).transpose()?,
-                    rows,
+                    rows: Rows::Device(rows),
                 })
             }))
         }

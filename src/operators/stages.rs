@@ -1,10 +1,10 @@
 //! Weights of the steps in work, shared by the workers of a process: the originals, loaded when first asked for, and the quantized
 //! ones, installed when committed. A step's weights are dropped as soon as nobody needs them.
 
+use super::records::Quantized;
 use crate::budget::{Budget, Grant};
 use crate::error::{Error, Result};
-use crate::model::{Block, Linear, Rotary, Tower};
-use crate::numerics::QuantizedWeight;
+use crate::model::{Block, Linear, Rotary, Tower, Weight};
 use crate::plan::{Plan, PlannedLinear};
 use crate::system::release_free_memory;
 use std::collections::BTreeMap;
@@ -118,14 +118,20 @@ impl Stages {
     pub fn install(
         &self,
         linear: &PlannedLinear,
-        weight: Arc<QuantizedWeight>,
+        weight: Quantized,
         codes: Grant,
         plan: &Plan,
         tower: &Tower,
     ) -> Result<Held> {
-        let _on_its_way = match tower.placement().on_device {
-            true => self.budget.take("weights", plan.original_bytes(linear))?,
-            false => Grant::default(),
+        let _on_its_way = match &weight {
+            Quantized::Codes(_) if tower.placement().on_device => {
+                self.budget.take("weights", plan.original_bytes(linear))?
+            }
+            _ => Grant::default(),
+        };
+        let weight = match weight {
+            Quantized::Codes(codes) => tower.quantized_weight(codes)?,
+            Quantized::Values(values) => Weight::Whole(values),
         };
         let quantized = tower.quantized_linear(linear.block, &linear.spec, weight)?;
         Ok((quantized, kept(codes, tower)))

@@ -9,6 +9,8 @@ use crate::numerics::{Grid, QuantizedWeight};
 const BASE_BYTES: u64 = 24 << 20;
 /// A worker's thread: its stack, its share of the allocator, and what its products are packed into.
 const WORKER_BYTES: u64 = 12 << 20;
+/// The CUDA libraries, a context, and page-locked buffers. Measured (benches/results).
+const CUDA_BYTES: u64 = 600 << 20;
 /// Names, shapes and places of a linear's tensors, in the source, in the plan and in the output.
 const LINEAR_BYTES: u64 = 2 << 10;
 /// A chunk that is moved toward the original or refined counts so often: its temporaries have several sizes, and the allocator keeps holes of
@@ -19,7 +21,11 @@ impl Plan {
     /// What a run of so many workers costs before its first weight.
     pub fn process_bytes(&self, workers: usize) -> u64 {
         let linears = self.linears.len() as u64 * LINEAR_BYTES;
-        BASE_BYTES + workers as u64 * WORKER_BYTES + linears + self.reading_bytes
+        let device = match self.device_weight_bytes {
+            Some(_) if cfg!(feature = "cuda") => CUDA_BYTES,
+            _ => 0,
+        };
+        BASE_BYTES + workers as u64 * WORKER_BYTES + linears + self.reading_bytes + device
     }
 
     /// A linear's original weight, in memory; where weights are on a device, that on its way there.

@@ -77,6 +77,17 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
     let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
     let batch = load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + PANEL_ROWS as u64 * width * 4;
+    // Those that are written, and those that wait to be; a byte a weight.
+    let codes = |linears: &[PlannedLinear]| weights(linears) / weight_bytes;
+    let behind = match load.graph {
+        Graph::Statistics { .. } => 0,
+        _ => {
+            codes(linears)
+                + (step > 0)
+                    .then(|| codes(plan.step_linears(step - 1)))
+                    .unwrap_or(0)
+        }
+    };
     let solve = match load.graph {
         Graph::Statistics { .. } => 0,
         _ => {
@@ -89,5 +100,5 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
             factors + matrices + square / 2
         }
     };
-    held + (batch + sums).max(sums + factors).max(solve)
+    held + behind + (batch + sums).max(sums + factors).max(solve)
 }

@@ -257,7 +257,16 @@ impl Plan {
                 own.solve.max(own.pack) + beside + own.chunks.max(chunks) + own.passing.max(passing)
             }
         };
-        self.process_bytes(load.workers) + bytes
+        self.process_bytes(load.workers) + self.behind_bytes() + bytes
+    }
+
+    /// Of a linear whose codes have left the device: they are packed and written while the run goes on.
+    fn behind_bytes(&self) -> u64 {
+        let bytes = |linear: &PlannedLinear| self.code_bytes(linear, linear.rows) + self.packed_bytes(linear);
+        match self.device_weight_bytes {
+            None => 0,
+            Some(_) => self.linears.iter().map(bytes).max().unwrap_or(0),
+        }
     }
 
     fn needs(&self, load: &Load, step: u64, spilled: &[bool]) -> Needs {
@@ -322,8 +331,14 @@ impl Needs {
             _ => original(linear),
         };
         let code_bytes = |linear: &PlannedLinear| plan.code_bytes(linear, linear.rows);
-        let codes: u64 = linears.iter().map(code_bytes).sum();
-        let packed: u64 = linears.iter().map(|linear| plan.packed_bytes(linear)).sum();
+        // Those on a device come to the memory one linear at a time, whatever else is done: see `behind_bytes`.
+        let (codes, packed) = match plan.device_weight_bytes {
+            None => (
+                linears.iter().map(code_bytes).sum(),
+                linears.iter().map(|linear| plan.packed_bytes(linear)).sum(),
+            ),
+            Some(_) => (0u64, 0u64),
+        };
         // Each worker puts the chunks of a linear together.
         let largest = linears.iter().map(code_bytes).max().unwrap_or(0);
         let together = (workers * largest).min(codes);

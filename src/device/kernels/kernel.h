@@ -5,9 +5,13 @@
 #include <cuda_fp16.h>
 #define KERNEL extern "C" __global__ void
 #define HELPER static __device__ __forceinline__
+#define RESTRICT __restrict__
+#define UNROLL _Pragma("unroll")
 #else
 #define KERNEL void
 #define HELPER static inline
+#define RESTRICT restrict
+#define UNROLL
 #endif
 
 // Kinds of values, as in cuda.rs.

@@ -7,6 +7,8 @@
 // As in solver.rs: columns of a block, threads of a launch that keeps a block's values in shared memory.
 #define BLOCK 64
 #define THREADS 64
+// Columns of a block whose values a thread has in registers.
+#define PART 16
 
 HELPER double clamp_code(double code, double max_code) { return code < 0.0 ? 0.0 : code > max_code ? max_code : code; }
 
@@ -71,56 +73,96 @@ KERNEL round_plainly(double *state, const double *weights, const double *scales,
 
 // The rows begin.. of L, at most BLOCK, from the last to the first: rounds their columns and feeds each error to the later ones. `carried`,
 // [rows, lanes], has what the columns before the block feed to it. state is [2 * width + 2, lanes] by row of L: errors, codes, then each lane's
-// squared error and clipped codes so far. `columns` has the original column of each row.
-KERNEL sweep(double *state, const double *carried, const double *target, const double *lower, const double *scales,
-             const unsigned *columns, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group, double max_code) {
+// squared error and clipped codes so far. `columns` has the original column of each row. Of each PART of the rows what they read is there
+// before the first is rounded, and what is fed to them is in registers: else a thread waits for memory once a row.
+KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRICT target, const double *RESTRICT lower,
+             const double *RESTRICT scales, const unsigned *RESTRICT columns, unsigned begin, unsigned rows, unsigned width,
+             unsigned lanes, unsigned group, double max_code) {
   __shared__ double errors[BLOCK * THREADS];
   unsigned lane = thread_x(), groups = width / group;
   if (lane >= lanes) return;
   double *mine = errors + threadIdx.x;
   double *square_sum = state + at((size_t)width * 2, lanes, lane), *clip_sum = state + at((size_t)width * 2 + 1, lanes, lane);
   double squares = *square_sum, clipped = *clip_sum;
-  for (unsigned i = rows; i-- > 0;) {
-    size_t row = begin + i;
-    double fed = carried[at(i, lanes, lane)];
-    for (unsigned j = i + 1; j < rows; j++) fed += mine[j * THREADS] * lower[at(begin + j, width, row)];
-    double pivot = lower[at(row, width, row)], w = target[at(row, lanes, lane)];
-    unsigned g = columns[row] / group;
-    double scale = scales[at(g, lanes, lane)], zero = scales[at((size_t)groups + g, lanes, lane)];
-    double t = w + fed / pivot;
-    double wanted = rint(t / scale + zero), code = clamp_code(wanted, max_code);
-    double value = (code - zero) * scale, residual = (t - value) * pivot;
-    mine[i * THREADS] = w - value;
-    state[at(row, lanes, lane)] = w - value;
-    state[at((size_t)width + row, lanes, lane)] = code;
-    squares += residual * residual;
-    clipped += code != wanted;
+  for (unsigned part = (rows + PART - 1) / PART; part-- > 0;) {
+    unsigned first = part * PART, count = rows - first < PART ? rows - first : PART;
+    double fed[PART], weight[PART], scale[PART], zero[PART];
+    UNROLL for (unsigned k = 0; k < PART; k++) {
+      if (k >= count) continue;
+      size_t row = begin + first + k;
+      unsigned g = columns[row] / group;
+      fed[k] = carried[at(first + k, lanes, lane)];
+      weight[k] = target[at(row, lanes, lane)];
+      scale[k] = scales[at(g, lanes, lane)];
+      zero[k] = scales[at((size_t)groups + g, lanes, lane)];
+    }
+    // Only the last part has fewer rows than PART, and nothing is behind it.
+    for (unsigned j = first + PART; j < rows; j++) {
+      const double *l = lower + at(begin + j, width, begin + first);
+      double error = mine[j * THREADS];
+      UNROLL for (unsigned k = 0; k < PART; k++) fed[k] += error * l[k];
+    }
+    UNROLL for (unsigned i = PART; i-- > 0;) {
+      if (i >= count) continue;
+      size_t row = begin + first + i;
+      const double *l = lower + at(row, width, begin + first);
+      double pivot = l[i], t = weight[i] + fed[i] / pivot;
+      double wanted = rint(t / scale[i] + zero[i]), code = clamp_code(wanted, max_code);
+      double value = (code - zero[i]) * scale[i], residual = (t - value) * pivot, error = weight[i] - value;
+      mine[(first + i) * THREADS] = error;
+      state[at(row, lanes, lane)] = error;
+      state[at((size_t)width + row, lanes, lane)] = code;
+      squares += residual * residual;
+      clipped += code != wanted;
+      UNROLL for (unsigned k = 0; k < PART; k++) {
+        if (k < i) fed[k] += error * l[k];
+      }
+    }
   }
   *square_sum = squares;
   *clip_sum = clipped;
 }
 
 // The columns begin.. in original order, at most BLOCK, from the first to the last: moves each code to the grid point nearest to its
-// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes].
-KERNEL descend(double *state, const double *gradient, const double *hessian, const double *damping, const double *scales,
-               unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group, double max_code) {
+// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes]. In parts, as `sweep`.
+KERNEL descend(double *state, const double *RESTRICT gradient, const double *RESTRICT hessian, const double *RESTRICT damping,
+               const double *RESTRICT scales, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
+               double max_code) {
   __shared__ double moves[BLOCK * THREADS];
   unsigned lane = thread_x(), groups = width / group;
   if (lane >= lanes) return;
   double *mine = moves + threadIdx.x;
-  for (unsigned i = 0; i < rows; i++) {
-    size_t column = begin + i;
-    double slope = gradient[at(i, lanes, lane)];
-    for (unsigned k = 0; k < i; k++) slope -= mine[k * THREADS] * hessian[at(begin + k, width, column)];
-    unsigned g = column / group;
-    double scale = scales[at(g, lanes, lane)], zero = scales[at((size_t)groups + g, lanes, lane)];
-    double *code = state + at(column, lanes, lane);
-    double wanted = (*code - zero) * scale + slope / (hessian[at(column, width, column)] + damping[column]);
-    double next = clamp_code(rint(wanted / scale + zero), max_code);
-    double step = (next - *code) * scale;
-    *code = next;
-    mine[i * THREADS] = step;
-    state[at((size_t)width + column, lanes, lane)] = step;
+  for (unsigned first = 0; first < rows; first += PART) {
+    unsigned count = rows - first < PART ? rows - first : PART;
+    double slope[PART], codes[PART], scale[PART], zero[PART];
+    UNROLL for (unsigned k = 0; k < PART; k++) {
+      if (k >= count) continue;
+      size_t column = begin + first + k, g = column / group;
+      slope[k] = gradient[at(first + k, lanes, lane)];
+      codes[k] = state[at(column, lanes, lane)];
+      scale[k] = scales[at(g, lanes, lane)];
+      zero[k] = scales[at(groups + g, lanes, lane)];
+    }
+    for (unsigned j = 0; j < first; j++) {
+      const double *h = hessian + at(begin + j, width, begin + first);
+      double step = mine[j * THREADS];
+      UNROLL for (unsigned k = 0; k < PART; k++) {
+        if (k < count) slope[k] -= step * h[k];
+      }
+    }
+    UNROLL for (unsigned i = 0; i < PART; i++) {
+      if (i >= count) continue;
+      size_t column = begin + first + i;
+      const double *h = hessian + at(column, width, begin + first);
+      double wanted = (codes[i] - zero[i]) * scale[i] + slope[i] / (h[i] + damping[column]);
+      double next = clamp_code(rint(wanted / scale[i] + zero[i]), max_code), step = (next - codes[i]) * scale[i];
+      mine[(first + i) * THREADS] = step;
+      state[at(column, lanes, lane)] = next;
+      state[at((size_t)width + column, lanes, lane)] = step;
+      UNROLL for (unsigned k = 0; k < PART; k++) {
+        if (k > i && k < count) slope[k] -= step * h[k];
+      }
+    }
   }
 }
 

@@ -1,0 +1,157 @@
+//! Weights on their way to where the model runs, and codes on their way back. Both ways pass while the device computes what else was asked.
+
+use super::values;
+use crate::numerics::{Grid, QuantizedWeight};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, WithDType, bail};
+use half::{bf16, f16};
+
+#[cfg(feature = "cuda")]
+use {super::cuda, candle_core::CudaStorage, std::sync::Arc};
+
+/// The values `bytes`, of `dtype`, on `device`. A CUDA device copies them while it computes what was asked of it before.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let storage = candle_core::Storage::Cuda(cuda::upload(device, bytes, dtype)?);
+            Ok(Tensor::from_storage(
+                storage,
+                shape,
+                candle_core::op::BackpropOp::none(),
+                false,
+            ))
+        }
+        device => Tensor::from_raw_buffer(bytes, dtype, shape, device),
+    }
+}
+
+/// A point in what was asked of a device.
+#[derive(Clone, Debug)]
+pub(super) struct Mark {
+    #[cfg(feature = "cuda")]
+    event: Option<Arc<cuda::Event>>,
+}
+
+impl Mark {
+    /// After all that was asked so far.
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        Ok(match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Self {
+                event: Some(Arc::new(cuda::record(device)?)),
+            },
+            _ => Self {
+                #[cfg(feature = "cuda")]
+                event: None,
+            },
+        })
+    }
+}
+
+/// The values of a contiguous tensor, row-major. They are copied as soon as the device is at `mark`, before which it has made them, whatever
+/// was asked of it since.
+pub(super) fn download<T: WithDType + bytemuck::Pod>(tensor: &Tensor, mark: &Mark) -> Result<Vec<T>> {
+    #[cfg(feature = "cuda")]
+    if let Some(event) = &mark.event {
+        let (storage, layout) = tensor.storage_and_layout();
+        return match &*storage {
+            candle_core::Storage::Cuda(storage) => cuda::download(storage, layout, event),
+            _ => bail!("a tensor is not on the device"),
+        };
+    }
+    let _ = mark;
+    values(tensor)
+}
+
+/// A quantized weight where the model runs: see [`QuantizedWeight`].
+#[derive(Clone, Debug)]
+pub(super) struct Codes {
+    pub(super) grid: Grid,
+    /// `[rows, columns]` u8
+    pub(super) codes: Tensor,
+    /// `[rows, groups]` f32
+    pub(super) scales: Tensor,
+    /// `[rows, groups]` u8
+    pub(super) zeros: Tensor,
+}
+
+impl Codes {
+    fn new(weight: &QuantizedWeight, device: &Device) -> Result<Self> {
+        let groups = (weight.rows, weight.groups());
+        Ok(Self {
+            grid: weight.grid,
+            codes: Tensor::from_slice(&weight.codes, (weight.rows, weight.columns), device)?,
+            scales: Tensor::from_slice(&weight.scales, groups, device)?,
+            zeros: Tensor::from_slice(&weight.zeros, groups, device)?,
+        })
+    }
+
+    pub(super) fn dequantize(&self, dtype: DType) -> Result<Tensor> {
+        let out = Tensor::zeros(self.codes.shape(), dtype, self.codes.device())?;
+        out.inplace_op1(&Dequantize(self))?;
+        Ok(out)
+    }
+}
+
+/// `weight` in `dtype` on `device`, `[rows, columns]`. The codes travel, and values are made there.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn dequantize(weight: &QuantizedWeight, dtype: DType, device: &Device) -> Result<Tensor> {
+    Codes::new(weight, device)?.dequantize(dtype)
+}
+
+/// Fills the values of codes.
+struct Dequantize<'a>(&'a Codes);
+
+impl InplaceOp1 for Dequantize<'_> {
+    fn name(&self) -> &'static str {
+        "dequantize"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (rows, columns) = layout.shape().dims2()?;
+        let weight = QuantizedWeight {
+            grid: self.0.grid,
+            rows,
+            columns,
+            codes: values(&self.0.codes)?,
+            scales: values(&self.0.scales)?,
+            zeros: values(&self.0.zeros)?,
+        };
+        let dequantized = weight.dequantize().into_iter();
+        *storage = match storage {
+            CpuStorage::F32(_) => CpuStorage::F32(dequantized.collect()),
+            CpuStorage::BF16(_) => CpuStorage::BF16(dequantized.map(bf16::from_f32).collect()),
+            CpuStorage::F16(_) => CpuStorage::F16(dequantized.map(f16::from_f32).collect()),
+            _ => bail!("weights are floats of at most 32 bits"),
+        };
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        use candle_core::backend::BackendStorage;
+        use cuda::{FORWARD, Threads, kind, launch, pointer, pointer_at, u32_arg};
+        let (rows, columns) = layout.shape().dims2()?;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(&self.0.codes)?,
+            pointer(&self.0.scales)?,
+            pointer(&self.0.zeros)?,
+            u32_arg(columns)?,
+            u32_arg(self.0.grid.group_size)?,
+            kind(storage.dtype())?,
+        ];
+        launch(
+            &storage.device,
+            FORWARD,
+            "dequantize",
+            Threads::over(columns, rows),
+            &args,
+        )
+    }
+}
