@@ -149,8 +149,8 @@ pub fn evaluate(job: Evaluation, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
     let placement = job.placement.clone();
     run::on_workers(workers, halt, move |worker| {
         let folder = std::env::temp_dir();
-        let mut store = ActivationStore::new(&folder, resident, Precision::F32)
-            .with_device(placement.device.clone(), on_device);
+        let mut store =
+            ActivationStore::new(&folder, resident, Precision::F32).with_device(&placement, on_device);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.batches.len()).collect(),

@@ -90,7 +90,6 @@ where
         Dtype::F16 => Precision::F16,
         _ => Precision::F32,
     };
-    let device = shared.tower.placement().device.clone();
     let device_bytes = shared.fit.device_activation_bytes as usize / workers;
     let for_workers = Arc::clone(shared);
     on_workers(workers, &shared.halt, move |worker| {
@@ -100,7 +99,7 @@ where
             peers: worker.peers(),
             store: RefCell::new(
                 ActivationStore::new(&for_workers.scratch, resident, precision)
-                    .with_device(device.clone(), device_bytes),
+                    .with_device(for_workers.tower.placement(), device_bytes),
             ),
             batches: RefCell::default(),
         });

@@ -109,8 +109,8 @@ pub fn measure(job: Measurement, observer: &Arc<dyn Observer>, halt: &Arc<Halt>)
         job.placement.activation_bytes(job.device_memory),
     );
     run::on_workers(job.workers, halt, move |worker| {
-        let mut store = ActivationStore::new(&scratch, resident, Precision::F32)
-            .with_device(placement.device.clone(), on_device);
+        let mut store =
+            ActivationStore::new(&scratch, resident, Precision::F32).with_device(&placement, on_device);
         let (shared, gathered) = (Arc::clone(&for_workers), Arc::clone(&gathered));
         let windows: Vec<usize> = match worker.index() {
             0 => (0..shared.windows.len()).collect(),

@@ -313,6 +313,33 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
     }
 }
 
+/// Where the device has room for all activations, the probe's among them: no file can be made in this scratch folder.
+#[test]
+#[cfg(target_os = "linux")]
+fn what_a_device_has_room_for_stays_there() {
+    let folder = tempfile::tempdir().unwrap();
+    for (index, placement) in placements().into_iter().enumerate() {
+        let job = |memory: Option<u64>| Job {
+            placement: placement.clone(),
+            scratch: Some("/proc".into()),
+            memory,
+            ..job(&folder.path().join(format!("{index}-{}", memory.is_some())))
+        };
+        run(&job(None)).unwrap();
+        // Neither on the device nor in memory.
+        let (_, plan) = job(None).plan().unwrap();
+        let fit = job(None).fit(&plan).unwrap();
+        let least = fit.peak_device_bytes - fit.device_activation_bytes;
+        let error = run(&Job {
+            device_memory: Some(least),
+            ..job(Some(
+                (fit.peak_host_bytes - fit.resident_activation_bytes) * 10 / 9 + 64,
+            ))
+        });
+        assert!(error.is_err_and(|error| error.to_string().contains("scratch")));
+    }
+}
+
 #[test]
 fn mixtures_and_latent_attention_run_on_a_device() {
     let folder = tempfile::tempdir().unwrap();

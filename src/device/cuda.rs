@@ -587,6 +587,66 @@ pub(crate) fn download<T: bytemuck::Pod>(
     Ok(out)
 }
 
+/// Page-locked memory that the device reads and writes in the order of what it is asked.
+#[derive(Debug)]
+pub(crate) struct HostBuffer {
+    device: CudaDevice,
+    memory: PinnedHostSlice<u8>,
+    start: usize,
+}
+
+impl HostBuffer {
+    pub(crate) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+        // SAFETY: it is read after it has been written. Not write-combined: the device alone uses it, but it may be much of the memory.
+        let mut memory = unsafe {
+            device
+                .cuda_stream()
+                .context()
+                .alloc_pinned_with_flags::<u8>(bytes, 0)
+        }
+        .w()?;
+        Ok(Self {
+            device: device.clone(),
+            start: memory.as_mut_ptr().w()? as usize,
+            memory,
+        })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Asks for a copy of a contiguous part of a storage.
+    pub(crate) fn fill(&self, storage: &CudaStorage, layout: &Layout) -> Result<()> {
+        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+        let from = address(storage, layout)?;
+        // SAFETY: the memory is as large, and nobody but the device touches it while this buffer lives.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(self.start as *mut u8, bytes);
+            driver_result::memcpy_dtoh_async(to, from, self.device.cuda_stream().cu_stream()).w()
+        }
+    }
+
+    /// Asks for a copy of its first bytes on the device, values of `dtype`.
+    pub(crate) fn read(&self, bytes: usize, dtype: DType) -> Result<CudaStorage> {
+        let out = floats(&self.device, dtype, bytes / dtype.size_in_bytes())?;
+        let to = start(&out, &Layout::contiguous(bytes / dtype.size_in_bytes()))?;
+        // SAFETY: as above; `out` has so many bytes, and is freed on the same stream.
+        unsafe {
+            let from = std::slice::from_raw_parts(self.start as *const u8, bytes);
+            driver_result::memcpy_htod_async(to, from, self.device.cuda_stream().cu_stream()).w()?;
+        }
+        Ok(out)
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        // The device may still be asked to use it. Where it has failed, whoever asks it next is told.
+        self.device.cuda_stream().synchronize().ok();
+    }
+}
+
 /// The owner of `count` values at `address`, from now on.
 ///
 /// # Safety

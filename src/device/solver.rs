@@ -59,13 +59,18 @@ pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions)
     let problem = Problem::new(weights, grid)?;
     let target = factor.target(&lanes_of(weights)?, options.match_original)?;
     let scales = problem.search(&target, &factor.importance()?)?;
-    let swept = problem.sweep(&target, factor, &scales)?;
-    let (codes, errors) = match (options.refine_rounds, &factor.gram) {
-        (0, _) | (_, None) => (swept.codes, swept.errors),
-        (rounds, Some(gram)) => {
+    let ordered = select_rows(&target, &factor.columns)?;
+    // A matrix as large as any: it goes as soon as it has served.
+    let refined = (factor.gram.as_ref()).filter(|_| options.refine_rounds > 0);
+    let refined = refined.map(|gram| (gram, target));
+    let swept = problem.sweep(&ordered, factor, &scales)?;
+    drop(ordered);
+    let (codes, errors) = match refined {
+        None => (swept.codes, swept.errors),
+        Some((gram, target)) => {
             let damping = vector(&factor.damped.damping, gram)?;
             let hessian = Hessian { gram, damping };
-            problem.refine(&target, swept.codes, &scales, &hessian, rounds)?
+            problem.refine(&target, swept.codes, &scales, &hessian, options.refine_rounds)?
         }
     };
     let tallies = Tensor::stack(&[errors, swept.energies, swept.clipped], 0)?;
@@ -218,10 +223,11 @@ impl<'a> Problem<'a> {
         Ok((target - values.reshape((self.width, self.lanes))?)?)
     }
 
+    /// Of `target` in the order of L's rows.
     fn sweep(self, target: &Tensor, factor: &Factor, scales: &Tensor) -> Result<Swept> {
-        let (width, lanes) = (self.width, self.lanes);
+        let width = self.width;
         let lower = &factor.damped.lower;
-        let target = select_rows(target, &factor.columns)?;
+        let energies = self.energies(target, lower)?;
         // By row of L: errors, codes, and what each lane sums up.
         let state = self.state(2 * width + 2)?;
         for begin in (0..width).step_by(BLOCK).rev() {
@@ -237,7 +243,7 @@ impl<'a> Problem<'a> {
             state.inplace_op1(&Sweep {
                 problem: self,
                 carried: &carried,
-                target: &target,
+                target,
                 lower,
                 scales,
                 columns: &factor.columns,
@@ -245,21 +251,29 @@ impl<'a> Problem<'a> {
                 rows,
             })?;
         }
-        // As on the CPU, single precision is enough for what decides no code. Above the diagonal L is zero.
-        let (lower, target) = (lower.to_dtype(DType::F32)?, target.to_dtype(DType::F32)?);
-        let mut energies = Tensor::zeros(lanes, DType::F32, self.like.device())?;
-        for first in (0..width).step_by(ENERGY_ROWS) {
-            let (rows, below) = (ENERGY_ROWS.min(width - first), width - first);
-            let strip = lower.narrow(0, first, below)?.narrow(1, first, rows)?;
-            let outputs = product(&strip.t()?, &target.narrow(0, first, below)?)?;
-            energies = (energies + outputs.sqr()?.sum(0)?)?;
-        }
         Ok(Swept {
             codes: select_rows(&state.narrow(0, width, width)?, &factor.rows)?,
             errors: state.get(2 * width)?,
-            energies: energies.to_dtype(DType::F64)?,
+            energies,
             clipped: state.get(2 * width + 1)?,
         })
+    }
+
+    /// Each lane's output energy, ‖Lᵀ target‖²; `target` is in the order of L's rows. As on the CPU, single precision is enough for what decides
+    /// no code. Above its diagonal L is zero, so half of the product is left out.
+    fn energies(self, target: &Tensor, lower: &Tensor) -> Result<Tensor> {
+        let target = target.to_dtype(DType::F32)?;
+        let mut energies = Tensor::zeros(self.lanes, DType::F32, self.like.device())?;
+        for first in (0..self.width).step_by(ENERGY_ROWS) {
+            let (rows, below) = (ENERGY_ROWS.min(self.width - first), self.width - first);
+            let strip = lower.narrow(0, first, below)?.narrow(1, first, rows)?;
+            let outputs = product(
+                &strip.to_dtype(DType::F32)?.t()?,
+                &target.narrow(0, first, below)?,
+            )?;
+            energies = (energies + outputs.sqr()?.sum(0)?)?;
+        }
+        Ok(energies.to_dtype(DType::F64)?)
     }
 
     /// As [`crate::numerics`]' refinement: changes `scales` in place; returns codes and each lane's part of tr(E H_d Eᵀ).

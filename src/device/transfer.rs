@@ -66,6 +66,140 @@ pub(super) fn download<T: WithDType + bytemuck::Pod>(tensor: &Tensor, mark: &Mar
     values(tensor)
 }
 
+/// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, in the order of what it is asked:
+/// nobody waits. On a CUDA device it is page-locked, and kept for the next.
+#[derive(Debug)]
+pub struct Parking {
+    device: Device,
+    most: usize,
+    taken: usize,
+    #[cfg(feature = "cuda")]
+    free: Vec<cuda::HostBuffer>,
+}
+
+/// A tensor in a [`Parking`].
+#[derive(Debug)]
+pub struct Parked {
+    bytes: usize,
+    #[cfg(feature = "cuda")]
+    shape: candle_core::Shape,
+    #[cfg(feature = "cuda")]
+    dtype: DType,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// On the CPU, memory is where tensors are.
+    Cpu(Tensor),
+    #[cfg(feature = "cuda")]
+    Host(cuda::HostBuffer),
+}
+
+impl Parking {
+    /// Room for `most` bytes of tensors on `device`.
+    pub fn new(device: &Device, most: usize) -> Self {
+        Self {
+            device: device.clone(),
+            most,
+            taken: 0,
+            #[cfg(feature = "cuda")]
+            free: Vec::new(),
+        }
+    }
+
+    /// Takes a copy of `tensor`; `None` where there is no room.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn park(&mut self, tensor: &Tensor) -> Result<Option<Parked>> {
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        match &self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let device = device.clone();
+                let Some(buffer) = self.buffer(&device, bytes)? else {
+                    return Ok(None);
+                };
+                let tensor = tensor.contiguous()?;
+                let (storage, layout) = tensor.storage_and_layout();
+                let candle_core::Storage::Cuda(storage) = &*storage else {
+                    bail!("a tensor is not on the device");
+                };
+                buffer.fill(storage, layout)?;
+                Ok(Some(Parked {
+                    bytes,
+                    shape: tensor.shape().clone(),
+                    dtype: tensor.dtype(),
+                    place: Place::Host(buffer),
+                }))
+            }
+            _ if self.taken + bytes > self.most => Ok(None),
+            _ => {
+                self.taken += bytes;
+                Ok(Some(Parked {
+                    bytes,
+                    #[cfg(feature = "cuda")]
+                    shape: tensor.shape().clone(),
+                    #[cfg(feature = "cuda")]
+                    dtype: tensor.dtype(),
+                    place: Place::Cpu(tensor.force_contiguous()?),
+                }))
+            }
+        }
+    }
+
+    /// The smallest buffer that is free and large enough, or a new one.
+    #[cfg(feature = "cuda")]
+    fn buffer(&mut self, device: &candle_core::CudaDevice, bytes: usize) -> Result<Option<cuda::HostBuffer>> {
+        let fitting = self
+            .free
+            .iter()
+            .enumerate()
+            .filter(|(_, buffer)| buffer.len() >= bytes);
+        if let Some((at, _)) = fitting.min_by_key(|(_, buffer)| buffer.len()) {
+            return Ok(Some(self.free.swap_remove(at)));
+        }
+        if self.taken + bytes > self.most {
+            self.taken -= self.free.iter().map(cuda::HostBuffer::len).sum::<usize>();
+            self.free.clear();
+        }
+        if self.taken + bytes > self.most {
+            return Ok(None);
+        }
+        self.taken += bytes;
+        cuda::HostBuffer::new(device, bytes).map(Some)
+    }
+
+    /// Gives the room of `parked` back.
+    pub fn leave(&mut self, parked: Parked) {
+        match parked.place {
+            Place::Cpu(_) => self.taken -= parked.bytes,
+            // What is asked of the device later may write over it.
+            #[cfg(feature = "cuda")]
+            Place::Host(buffer) => self.free.push(buffer),
+        }
+    }
+}
+
+impl Parked {
+    /// The tensor, on the device.
+    ///
+    /// # Errors
+    /// The device has no memory left.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match &self.place {
+            Place::Cpu(tensor) => Ok(tensor.clone()),
+            #[cfg(feature = "cuda")]
+            Place::Host(buffer) => {
+                let storage = candle_core::Storage::Cuda(buffer.read(self.bytes, self.dtype)?);
+                let none = candle_core::op::BackpropOp::none();
+                Ok(Tensor::from_storage(storage, self.shape.clone(), none, false))
+            }
+        }
+    }
+}
+
 /// A quantized weight where the model runs: see [`QuantizedWeight`].
 #[derive(Clone, Debug)]
 pub(super) struct Codes {

@@ -1,7 +1,8 @@
 //! The activation store: what lies between two stages, per batch and stream. On the device, where there is one, up to a budget, then in
 //! memory up to another, in a scratch file beyond that.
 
-use crate::device::values;
+use crate::device::transfer::{Parked, Parking};
+use crate::device::{Placement, values};
 use crate::error::{Error, Result};
 use crate::numerics::halves;
 use crate::storage::ScratchFile;
@@ -76,6 +77,8 @@ struct Entry {
 enum Place {
     /// Where the model runs, if not in memory.
     Device(Tensor),
+    /// In memory that a device copies to and from.
+    Parked(Parked),
     Resident(Vec<u8>),
     /// Offset in the scratch file.
     Spilled(u64),
@@ -109,6 +112,8 @@ pub struct ActivationStore {
     rooms: BTreeMap<Key, (u64, usize)>,
     resident: Used,
     on_device: Used,
+    /// In the place of `resident`, beside a device.
+    parking: Option<Parking>,
     device: Device,
     site_precision: Precision,
     folder: PathBuf,
@@ -124,6 +129,7 @@ impl ActivationStore {
             rooms: BTreeMap::new(),
             resident: Used::none_of(resident_max),
             on_device: Used::none_of(0),
+            parking: None,
             device: Device::Cpu,
             site_precision,
             folder: folder.to_owned(),
@@ -132,10 +138,13 @@ impl ActivationStore {
         }
     }
 
-    /// Keeps at most `most` bytes on `device`, before any elsewhere.
-    pub fn with_device(mut self, device: Device, most: usize) -> Self {
-        self.device = device;
-        self.on_device = Used::none_of(most);
+    /// Keeps at most `most` bytes where the model runs, if that is a device, before any in memory.
+    pub fn with_device(mut self, placement: &Placement, most: usize) -> Self {
+        if placement.on_device {
+            self.device = placement.device.clone();
+            self.parking = Some(Parking::new(&self.device, self.resident.most));
+            self.on_device = Used::none_of(most);
+        }
         self
     }
 
@@ -147,9 +156,22 @@ impl ActivationStore {
             Slot::Residual | Slot::Mixture => Precision::F32,
             Slot::SiteInput | Slot::Latents => self.site_precision,
         };
-        let place = match self.on_device.take(rows * columns * precision.bytes()) {
-            true => Place::Device(value.to_dtype(precision.dtype())?),
-            false => self.place(key, value, precision)?,
+        let place = match (
+            &mut self.parking,
+            self.on_device.take(rows * columns * precision.bytes()),
+        ) {
+            (_, true) => Place::Device(value.to_dtype(precision.dtype())?),
+            (Some(parking), false) => match parking.park(&value.to_dtype(precision.dtype())?)? {
+                Some(parked) => Place::Parked(parked),
+                None => Place::Spilled(self.spill(key, &bytes_of(value, precision)?)?),
+            },
+            (None, false) => {
+                let bytes = bytes_of(value, precision)?;
+                match self.resident.take(bytes.len()) {
+                    true => Place::Resident(bytes),
+                    false => Place::Spilled(self.spill(key, &bytes)?),
+                }
+            }
         };
         let entry = Entry {
             rows,
@@ -159,19 +181,6 @@ impl ActivationStore {
         };
         self.entries.insert(key, entry);
         Ok(())
-    }
-
-    /// In memory, or in the scratch file.
-    fn place(&mut self, key: Key, value: &Tensor, precision: Precision) -> Result<Place> {
-        let bytes = with_values(value, |values| match precision {
-            Precision::F32 => cast_slice(values).to_vec(),
-            Precision::Bf16 => halves::narrow::<bf16>(values),
-            Precision::F16 => halves::narrow::<f16>(values),
-        })?;
-        Ok(match self.resident.take(bytes.len()) {
-            true => Place::Resident(bytes),
-            false => Place::Spilled(self.spill(key, &bytes)?),
-        })
     }
 
     fn spill(&mut self, key: Key, bytes: &[u8]) -> Result<u64> {
@@ -212,10 +221,14 @@ impl ActivationStore {
             return Ok(None);
         };
         let count = entry.rows * entry.columns;
+        let as_taken = |value: Tensor| match key.2 {
+            Slot::SiteInput => Ok(Some(value)),
+            _ => Ok(Some(value.to_dtype(DType::F32)?)),
+        };
         let read;
         let bytes: &[u8] = match (&entry.place, &self.scratch) {
-            (Place::Device(value), _) if key.2 == Slot::SiteInput => return Ok(Some(value.clone())),
-            (Place::Device(value), _) => return Ok(Some(value.to_dtype(DType::F32)?)),
+            (Place::Device(value), _) => return as_taken(value.clone()),
+            (Place::Parked(parked), _) => return as_taken(parked.tensor()?),
             (Place::Resident(bytes), _) => bytes,
             (Place::Spilled(offset), Some(scratch)) => {
                 let mut buffer = vec![0; count * entry.precision.bytes()];
@@ -250,10 +263,24 @@ impl ActivationStore {
             Some(Place::Device(value)) => {
                 self.on_device.bytes -= value.elem_count() * value.dtype().size_in_bytes();
             }
+            Some(Place::Parked(parked)) => {
+                if let Some(parking) = &mut self.parking {
+                    parking.leave(parked);
+                }
+            }
             Some(Place::Resident(bytes)) => self.resident.bytes -= bytes.len(),
             Some(Place::Spilled(_)) | None => {}
         }
     }
+}
+
+/// As the store keeps them.
+fn bytes_of(value: &Tensor, precision: Precision) -> Result<Vec<u8>> {
+    with_values(value, |values| match precision {
+        Precision::F32 => cast_slice(values).to_vec(),
+        Precision::Bf16 => halves::narrow::<bf16>(values),
+        Precision::F16 => halves::narrow::<f16>(values),
+    })
 }
 
 /// Reads the values of a tensor in f32, row-major, where they are; of one on a device, a copy.

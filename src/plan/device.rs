@@ -8,8 +8,10 @@ use crate::error::{Error, Result};
 
 /// Context, cuBLAS and cuSOLVER workspaces, kernels.
 const BASE_BYTES: u64 = 768 << 20;
-/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, those of the refinement, temporaries.
-const SOLVER_MATRICES: u64 = 12;
+/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, temporaries.
+const SOLVER_MATRICES: u64 = 5;
+/// Those of the refinement besides.
+const REFINE_MATRICES: u64 = 6;
 
 impl Plan {
     /// Fits what is on the device into `memory` bytes there, or else into what it has free; activations have what the largest step leaves.
@@ -31,7 +33,7 @@ impl Plan {
                 format!("the smallest budget that would is {fixed} bytes; --device cpu needs none"),
             ));
         }
-        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
+        let activations = self.activation_bytes(load);
         let on_device = activations.min(memory - fixed);
         let elsewhere = activations - on_device;
         let resident = fit.resident_activation_bytes.min(elsewhere);
@@ -50,6 +52,7 @@ impl Plan {
 fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let recipe = &plan.recipe;
     let matching = load.streams as u64 - 1;
+    let refined = u64::from(recipe.refine_rounds() > 0);
     let held_out = match load.graph {
         Graph::Statistics { held_out } | Graph::Solve { held_out } => u64::from(held_out),
         Graph::Sequential | Graph::DataFree => 0,
@@ -70,7 +73,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let factors = match load.graph {
         Graph::DataFree | Graph::Statistics { .. } => 0,
         _ => {
-            let kept = recipe.damp_percent.candidates().len() as u64 + u64::from(recipe.refine_rounds() > 0);
+            let kept = recipe.damp_percent.candidates().len() as u64 + refined;
             sites * square * (kept + matching + held_out)
         }
     };
@@ -95,9 +98,8 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
                 .iter()
                 .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
                 .max();
-            let matrices = SOLVER_MATRICES * rows.unwrap_or(0) as u64 * width * 8;
-            // L in single precision, for the energy.
-            factors + matrices + square / 2
+            let matrices = SOLVER_MATRICES + refined * REFINE_MATRICES + matching;
+            factors + matrices * rows.unwrap_or(0) as u64 * width * 8
         }
     };
     held + behind + (batch + sums).max(sums + factors).max(solve)

@@ -2,8 +2,8 @@
 //! budget is kept, and what is left for activations.
 
 use super::{Plan, PlannedLinear};
+use crate::calibration::PROBE_TOKENS;
 use crate::error::{Error, Result};
-
 use crate::numerics::factor::PANELS_HELD;
 use crate::numerics::panels::Shape;
 use std::ops::Range;
@@ -165,8 +165,13 @@ impl Plan {
                 ),
             ));
         }
-        let activations = (load.tokens * load.streams * self.token_bytes) as u64;
-        let resident = memory.map_or(RESIDENT_BYTES_DEFAULT, |_| most - fixed);
+        let activations = self.activation_bytes(load);
+        let resident = match (memory, self.device_weight_bytes) {
+            (Some(_), _) => most - fixed,
+            // What a device has no room for: its bus is faster than files are.
+            (None, Some(_)) => (most - fixed) / 2,
+            (None, None) => RESIDENT_BYTES_DEFAULT,
+        };
         let resident = resident.min(activations);
         let matrices = |step| {
             self.beside(load.graph, step)
@@ -188,6 +193,11 @@ impl Plan {
             peak_device_bytes: 0,
             device_activation_bytes: 0,
         })
+    }
+
+    /// Activations between steps, of all batches and the probe, in each stream.
+    pub(super) fn activation_bytes(&self, load: &Load) -> u64 {
+        ((load.tokens + PROBE_TOKENS) * load.streams * self.token_bytes) as u64
     }
 
     /// Predicted peak of resident bytes of a step, activations aside.
