@@ -412,7 +412,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Copies while the device is driven; where either fails, the other halts.
+/// Copies while the device is driven. Where the copy fails, the run halts.
 fn beside(
     halt: &Halt,
     copy: impl FnOnce() -> Result<()> + Send,

@@ -24,19 +24,21 @@ On a machine with nvcc and Rust, which need not have a GPU, build:
 Copy the repository and the binary, target/cuda/release/quantflow, to a machine with a GPU, PyTorch and transformers. If that has no package registry,
 carry the wheels that it lacks, which are made elsewhere by a Python of the same version:
 
-    pip wheel --no-deps -w wheels llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru datasets dill multiprocess \\
-        pydantic==2.14.4 pydantic-core==2.50.5
+    pip wheel --no-deps -w wheels llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru datasets dill multiprocess pydantic==2.14.4 \
+        pydantic-core==2.50.5 typing-inspection annotated-types
+    BUILD_CUDA_EXT=0 pip wheel --no-deps --no-build-isolation -w wheels gptqmodel==7.6.0 device-smi tokenicer logbar torchao==0.16.0 defuser \
+        pypcre protobuf
 
 There:
 
     pip install --no-index --no-deps wheels/*.whl
     python benches/gpu/run.py /tmp/bench --quantflow ./quantflow --shape llama-3-8b
 
-GPTQModel 7.7.0 asks for torch 2.14.1 and transformers 5.20.2 or later, llm-compressor 0.14.0.1 for torch 2.14 and transformers 5.17 or earlier (on a
-CPU it ran with torch 2.15 and transformers 5.23, too). Where they cannot share an environment, run each as a part, by the Python of its own.
+Both ran with torch 2.11 and transformers 5.17 on an H100; pypcre needs libpcre2 there. GPTQModel 7.7.0 asks for torch 2.14.1 and transformers 5.20.2 or later.
+Where the two cannot share an environment, run each as a part, by the Python of its own.
 
-Peers take minutes: --peer-layers 4 runs them on four blocks and multiplies the seconds of quantize (loading and saving stay as measured, which
-favours them). --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in some minutes:
+Peers take minutes: --peer-layers 4 runs them on four blocks and multiplies the seconds of quantize: what they do once in that phase is counted too
+often, while loading and saving stay as measured, which favours them. --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in some minutes:
 
     python benches/gpu/run.py /tmp/bench --quantflow target/release/quantflow --shape llama-3-8b \\
         --tiny --layers 2 --sequences 4 --length 128 --device cpu

@@ -62,3 +62,48 @@ impl Drop for Behind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// What the pieces did, and why the run halted.
+    fn worked_off(pieces: Vec<Box<dyn FnOnce() -> Result<u32> + Send>>) -> (Vec<u32>, Option<Error>) {
+        let (halt, done) = (Arc::new(Halt::default()), Arc::new(Mutex::new(Vec::new())));
+        let behind = Behind::new(&halt);
+        for piece in pieces {
+            let done = Arc::clone(&done);
+            let work = move || {
+                let made = piece()?;
+                done.lock().map(|mut done| done.push(made)).ok();
+                Ok(())
+            };
+            behind.run(work).unwrap();
+        }
+        drop(behind);
+        let done = done.lock().unwrap().clone();
+        (done, halt.take())
+    }
+
+    #[test]
+    fn pieces_are_done_in_order_before_it_is_gone() {
+        let pieces = (0..20).map(|i| -> Box<dyn FnOnce() -> Result<u32> + Send> { Box::new(move || Ok(i)) });
+        let (done, reason) = worked_off(pieces.collect());
+        assert_eq!(done, (0..20).collect::<Vec<_>>());
+        assert!(reason.is_none());
+    }
+
+    #[test]
+    fn a_piece_that_fails_halts_the_run_and_later_ones_are_left() {
+        let fails: [Box<dyn FnOnce() -> Result<u32> + Send>; 2] = [
+            Box::new(|| Err(Error::Worker("the disk is full".into()))),
+            Box::new(|| panic!("the disk is full")),
+        ];
+        for fails in fails {
+            let (done, reason) = worked_off(vec![Box::new(|| Ok(1)), fails, Box::new(|| Ok(2))]);
+            assert_eq!(done, [1]);
+            assert!(matches!(reason, Some(Error::Worker(_))));
+        }
+    }
+}

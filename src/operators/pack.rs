@@ -118,7 +118,7 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
     let (mut held_out, mut damp) = (None, 0.0);
     let facts = chunks.first().map(|chunk| chunk.factor).unwrap_or_default();
     for chunk in chunks {
-        let Some(rows) = chunk.rows.map(Rows::to_host).transpose()? else {
+        let Some(rows) = chunk.rows.map(Rows::into_host).transpose()? else {
             continue;
         };
         let share = rows.weight.rows as f64 / planned.rows as f64;

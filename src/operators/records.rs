@@ -138,7 +138,7 @@ pub enum Rows {
 
 impl Rows {
     /// In memory; those of a device are waited for.
-    pub(super) fn to_host(self) -> Result<SolvedRows> {
+    pub(super) fn into_host(self) -> Result<SolvedRows> {
         match self {
             Self::Host(rows) => Ok(rows),
             Self::Device(solved) => solved.to_rows(),
