@@ -37,8 +37,9 @@ There:
 Both ran with torch 2.11 and transformers 5.17 on an H100; pypcre needs libpcre2 there. GPTQModel 7.7.0 asks for torch 2.14.1 and transformers 5.20.2 or later.
 Where the two cannot share an environment, run each as a part, by the Python of its own.
 
-Peers take minutes: --peer-layers 4 runs them on four blocks and multiplies the seconds of quantize: what they do once in that phase is counted too
-often, while loading and saving stay as measured, which favours them. --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in some minutes:
+Peers take minutes: --peer-layers 4 runs them on four blocks and multiplies the seconds of quantize, with what they do once in that phase;
+--peer-layers 2 4 runs them on two and on four, and adds the difference for each block more. Loading and saving stay as measured on the most blocks, which
+favours them. --parts runs some parts alone, on the same machine; RUN.json keeps the others. To try the script without a GPU, in some minutes:
 
     python benches/gpu/run.py /tmp/bench --quantflow target/release/quantflow --shape llama-3-8b \\
         --tiny --layers 2 --sequences 4 --length 128 --device cpu
@@ -180,13 +181,21 @@ def measure_quantflow(a):
 
 
 def measure_peer(a, peer):
-    layers = min(a.peer_layers or a.layers, a.layers)
+    """On the most blocks; with `block_seconds`, what quantize takes for one more, where it ran on fewer, too."""
+    *fewer, layers = sorted({min(layers, a.layers) for layers in a.peer_layers or [a.layers]})
 
     def run(model, output):
         command = [sys.executable, HERE / "peers.py", peer, model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
         return child(command + ["--device", a.device], a)
 
-    return warmed(run, a, layers) | dict(layers=layers)
+    first = warmed(run, a, fewer[0]) if fewer else {}
+    if "error" in first:
+        return first | dict(layers=fewer[0])
+    result = warmed(run, a, layers) | dict(layers=layers)
+    if fewer and "error" not in result:
+        more = result["seconds"]["quantize"] - first["seconds"]["quantize"]
+        result["block_seconds"] = more / (layers - fewer[0])
+    return result
 
 
 def table(header, rows):
@@ -232,7 +241,8 @@ def phases_table(quantflow, ceilings, flops, weights):
 def peer_seconds(result, layers):
     """Load, quantize for all blocks, save."""
     load, quantize, save = (result["seconds"][phase] for phase in ("load", "quantize", "save"))
-    return load, quantize * layers / result["layers"], save
+    block = result.get("block_seconds", quantize / result["layers"])
+    return load, quantize + (layers - result["layers"]) * block, save
 
 
 def programs_table(results, layers):
@@ -302,7 +312,7 @@ def main():
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small widths, to try the script")
-    parser.add_argument("--peer-layers", type=int, help="blocks that the peers are run on; default: all")
+    parser.add_argument("--peer-layers", type=int, nargs="+", help="blocks that the peers are run on, one number or two; default: all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, and the rendering if a peer fails")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that a program may take")
     parser.add_argument("--flags", default="", help="further flags of quantflow")

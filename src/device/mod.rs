@@ -10,6 +10,8 @@ pub(crate) mod cuda;
 pub mod divergence;
 pub mod factor;
 pub mod matrix;
+#[cfg(feature = "cuda")]
+mod pinned;
 mod placement;
 pub mod solver;
 pub mod speed;

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor,
 use half::{bf16, f16};
 
 #[cfg(feature = "cuda")]
-use {super::cuda, candle_core::CudaStorage, std::sync::Arc};
+use {super::cuda, super::pinned, candle_core::CudaStorage, std::sync::Arc};
 
 /// The values `bytes`, of `dtype`, on `device`. A CUDA device copies them while it computes what was asked of it before.
 ///
@@ -16,7 +16,7 @@ pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> R
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
-            let storage = candle_core::Storage::Cuda(cuda::upload(device, bytes, dtype)?);
+            let storage = candle_core::Storage::Cuda(pinned::upload(device, bytes, dtype)?);
             Ok(Tensor::from_storage(
                 storage,
                 shape,
@@ -32,7 +32,7 @@ pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> R
 #[derive(Clone, Debug)]
 pub(super) struct Mark {
     #[cfg(feature = "cuda")]
-    event: Option<Arc<cuda::Event>>,
+    event: Option<Arc<pinned::Event>>,
 }
 
 impl Mark {
@@ -41,7 +41,7 @@ impl Mark {
         Ok(match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Self {
-                event: Some(Arc::new(cuda::record(device)?)),
+                event: Some(Arc::new(pinned::record(device)?)),
             },
             _ => Self {
                 #[cfg(feature = "cuda")]
@@ -58,7 +58,7 @@ pub(super) fn download<T: WithDType + bytemuck::Pod>(tensor: &Tensor, mark: &Mar
     if let Some(event) = &mark.event {
         let (storage, layout) = tensor.storage_and_layout();
         return match &*storage {
-            candle_core::Storage::Cuda(storage) => cuda::download(storage, layout, event),
+            candle_core::Storage::Cuda(storage) => pinned::download(storage, layout, event),
             _ => bail!("a tensor is not on the device"),
         };
     }
@@ -74,7 +74,7 @@ pub struct Parking {
     most: usize,
     taken: usize,
     #[cfg(feature = "cuda")]
-    free: Vec<cuda::HostBuffer>,
+    free: Vec<pinned::HostBuffer>,
 }
 
 /// A tensor in a [`Parking`].
@@ -93,7 +93,7 @@ enum Place {
     /// On the CPU, memory is where tensors are.
     Cpu(Tensor),
     #[cfg(feature = "cuda")]
-    Host(cuda::HostBuffer),
+    Host(pinned::HostBuffer),
 }
 
 impl Parking {
@@ -151,7 +151,11 @@ impl Parking {
 
     /// The smallest buffer that is free and large enough, or a new one.
     #[cfg(feature = "cuda")]
-    fn buffer(&mut self, device: &candle_core::CudaDevice, bytes: usize) -> Result<Option<cuda::HostBuffer>> {
+    fn buffer(
+        &mut self,
+        device: &candle_core::CudaDevice,
+        bytes: usize,
+    ) -> Result<Option<pinned::HostBuffer>> {
         let fitting = self
             .free
             .iter()
@@ -161,14 +165,14 @@ impl Parking {
             return Ok(Some(self.free.swap_remove(at)));
         }
         if self.taken + bytes > self.most {
-            self.taken -= self.free.iter().map(cuda::HostBuffer::len).sum::<usize>();
+            self.taken -= self.free.iter().map(pinned::HostBuffer::len).sum::<usize>();
             self.free.clear();
         }
         if self.taken + bytes > self.most {
             return Ok(None);
         }
         self.taken += bytes;
-        cuda::HostBuffer::new(device, bytes).map(Some)
+        pinned::HostBuffer::new(device, bytes).map(Some)
     }
 
     /// Gives the room of `parked` back.

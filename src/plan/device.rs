@@ -5,7 +5,6 @@ use crate::device::Placement;
 use crate::device::solver::rows_at_a_time;
 use crate::device::sums::PANEL_ROWS;
 use crate::error::{Error, Result};
-use std::ops::Range;
 
 /// Context, cuBLAS and cuSOLVER workspaces, kernels.
 const BASE_BYTES: u64 = 768 << 20;
@@ -82,10 +81,10 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
     let batch = load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + PANEL_ROWS as u64 * width * 4;
     // Those that are written, and those that wait to be; a byte a weight.
-    let codes = |steps: Range<u64>| weights(plan.carrying(steps)) / weight_bytes;
+    let codes = |step: u64| weights(plan.step_linears(step)) / weight_bytes;
     let behind = match load.graph {
         Graph::Statistics { .. } => 0,
-        _ => codes(step.saturating_sub(1)..step + 1),
+        _ => (step.saturating_sub(1)..=step).map(codes).sum(),
     };
     let solve = match load.graph {
         Graph::Statistics { .. } => 0,
