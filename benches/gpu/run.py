@@ -11,9 +11,10 @@ being named after shape, sizes and device. The tables:
 - quantflow by phase: `operators` of its JSON, the work counted from the shape, what was achieved, and the ceiling's share. Work: a forward pass with
   causal attention; XᵀX of each distinct input as a triangle; n³/3 a factor; rows x n² a solve; the weights of the blocks, once over the bus.
   Operators run beside one another; in a build for the CPU their seconds are CPU seconds of all workers.
-- programs: seconds without the loading of Python modules, with reading the checkpoint and writing the result; peak bytes by the program's own count,
-  by nvidia-smi (every 0.1 s, less what was in use before; the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a
-  peer fails or is not there, the row has its error's last line, and gptq_torch.py, which renders their common loop, runs besides.
+- programs: quantflow twice on a GPU, the second time (`least`) with the smallest --device-memory that it takes; seconds without the loading of Python
+  modules, with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use
+  before; the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a peer fails or is not there, the row has its error's
+  last line, and gptq_torch.py, which renders their common loop, runs besides.
 
 The target for an 8B shape: under 60 s, at least 5 times faster than either peer, at most half their device memory.
 
@@ -50,6 +51,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -63,7 +65,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from make_shape import SHAPES, linears, shape_config
 
-PARTS = ("ceilings", "quantflow", "GPTQModel", "llm-compressor", "rendering")
+OURS = ("quantflow", "least")
+PEERS = ("GPTQModel", "llm-compressor")
+PARTS = ("ceilings", *OURS, *PEERS, "rendering")
+TITLES = {"least": "quantflow, smallest --device-memory", "rendering": "gptq_torch.py (their loop in PyTorch)"}
 # The ceiling that an operator's products are held against: on a CPU, f32 instead of bf16.
 CEILINGS = {"forward": "bf16_tflops", "accumulate": "bf16_tflops", "factor": "f64_tflops", "solve": "f64_tflops"}
 
@@ -171,11 +176,20 @@ def warmed(run, a, layers):
     return result
 
 
-def measure_quantflow(a):
+def measure_quantflow(a, least=False):
+    """`least`: with the smallest --device-memory, which the refusal of a smaller one names."""
+
     def run(model, output):
         command = [a.quantflow, "quantize", model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
         command += ["--group-size", "128", "--match-original", "0", "--json", *shlex.split(a.flags)]
-        return child(command + ["--device", "cuda"] * (a.device == "cuda"), a)
+        command += ["--device", "cuda"] * (a.device == "cuda")
+        if least:
+            refusal = subprocess.run([*command, "--device-memory", "1"], capture_output=True, text=True).stderr
+            named = re.search(r"smallest budget that would is (\d+) bytes", refusal)
+            if not named:
+                return dict(error=f"no smallest --device-memory was named: {refusal[-200:]}")
+            command += ["--device-memory", named[1]]
+        return child(command, a)
 
     return warmed(run, a, a.layers)
 
@@ -255,11 +269,11 @@ def programs_table(results, layers):
         result = results.get(name)
         if result is None:
             continue
-        title = "gptq_torch.py (their loop in PyTorch)" if name == "rendering" else name
+        title = TITLES.get(name, name)
         if "error" in result:
             rows.append([f"{title}: {result['error']}".replace("|", "/"), *["-"] * 10])
             continue
-        if name == "quantflow":
+        if name in OURS:
             times, seconds = ["-", "-", "-"], result["elapsed_seconds"]
         else:
             title += f", {result['version']}"
@@ -299,7 +313,7 @@ def report(results, config, a):
 def measure(part, a):
     if part == "ceilings":
         return child([sys.executable, HERE / "ceilings.py", "--device", a.device], a)
-    return measure_quantflow(a) if part == "quantflow" else measure_peer(a, part)
+    return measure_quantflow(a, part == "least") if part in OURS else measure_peer(a, part)
 
 
 def main():
@@ -325,8 +339,8 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     kept = a.folder / f"{a.shape}-{a.layers}-{a.sequences}x{a.length}{'-tiny' * a.tiny}-{a.device}.json"
     results = json.loads(kept.read_text()) if a.parts and kept.exists() else {}
-    for part in a.parts or PARTS:
-        peers_ran = all("error" not in results[peer] for peer in PARTS[2:4] if peer in results)
+    for part in a.parts or [part for part in PARTS if part != "least" or a.device == "cuda"]:
+        peers_ran = all("error" not in results[peer] for peer in PEERS if peer in results)
         if part == "rendering" and not a.parts and peers_ran:
             continue
         results[part] = measure(part, a)

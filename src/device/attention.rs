@@ -8,6 +8,8 @@ use half::{bf16, f16};
 
 /// Scores of a tile, at most: 64 MiB of them in f32.
 const SCORES_MAX: usize = 16 << 20;
+/// Bytes of a tile: scores and probabilities.
+pub(crate) const TILE_BYTES: u64 = 2 * 4 * SCORES_MAX as u64;
 
 /// As [`crate::numerics::attention::attention`], for f32 tensors of the same shapes. Products take queries, keys, values and
 /// probabilities in `precision`.

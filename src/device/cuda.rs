@@ -192,45 +192,68 @@ pub(crate) fn product(
     rhs: (&CudaStorage, &Layout),
     operands: Operands,
 ) -> Result<CudaStorage> {
-    use blas::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F};
-    use blas::cudaDataType::{CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F, CUDA_R_64F};
-    let single = |input| {
-        gemm(
-            (lhs, rhs),
-            operands,
-            input,
-            (1f32, 0.0),
-            (CUDA_R_32F, CUBLAS_COMPUTE_32F),
-        )
-    };
-    match lhs.0.dtype() {
-        DType::BF16 => single(CUDA_R_16BF),
-        DType::F16 => single(CUDA_R_16F),
-        DType::F32 => single(CUDA_R_32F),
-        DType::F64 => gemm(
-            (lhs, rhs),
-            operands,
-            CUDA_R_64F,
-            (1f64, 0.0),
-            (CUDA_R_64F, CUBLAS_COMPUTE_64F),
-        ),
-        other => bail!("no product of {other:?}"),
-    }
-}
-
-/// [`product`] of matrices of the type `input`, with a result of the type `T`, which `output` names.
-fn gemm<T: CudaDType + DeviceRepr>(
-    (lhs, rhs): ((&CudaStorage, &Layout), (&CudaStorage, &Layout)),
-    operands: Operands,
-    input: blas::cudaDataType,
-    (one, zero): (T, T),
-    (output, compute): (blas::cudaDataType, blas::cublasComputeType_t),
-) -> Result<CudaStorage> {
     let device = &lhs.0.device;
     let count = operands.batch * operands.rows() * operands.columns();
-    let wrap = wrapped::<T>(device, count)?;
-    let out = start(&wrap, &Layout::contiguous(count))?;
-    let (a, b) = (start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?);
+    let places = |out: &CudaStorage| -> Result<[u64; 3]> {
+        let out = start(out, &Layout::contiguous(count))?;
+        Ok([out, start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?])
+    };
+    let input = match lhs.0.dtype() {
+        DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
+        DType::F16 => blas::cudaDataType::CUDA_R_16F,
+        DType::F32 => blas::cudaDataType::CUDA_R_32F,
+        DType::F64 => {
+            let out = wrapped::<f64>(device, count)?;
+            gemm(
+                device,
+                places(&out)?,
+                operands,
+                blas::cudaDataType::CUDA_R_64F,
+                [1f64, 0.0],
+            )?;
+            return Ok(out);
+        }
+        other => bail!("no product of {other:?}"),
+    };
+    let out = wrapped::<f32>(device, count)?;
+    gemm(device, places(&out)?, operands, input, [1f32, 0.0])?;
+    Ok(out)
+}
+
+/// `out -= lhs · rhs`, f64 parts of one storage.
+pub(crate) fn subtract_product(storage: &CudaStorage, layout: &Layout, operands: Operands) -> Result<()> {
+    let out = address(storage, layout)?;
+    let base = start(storage, &Layout::contiguous(0))?;
+    let at = |matrix: Matrix| base + (matrix.offset * size_of::<f64>()) as u64;
+    let places = [out, at(operands.lhs), at(operands.rhs)];
+    let kind = blas::cudaDataType::CUDA_R_64F;
+    gemm(&storage.device, places, operands, kind, [-1f64, 1.0])
+}
+
+/// A type that products are summed in.
+trait Summed: Copy {
+    const KIND: blas::cudaDataType;
+    const COMPUTE: blas::cublasComputeType_t;
+}
+
+impl Summed for f32 {
+    const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_32F;
+    const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+}
+
+impl Summed for f64 {
+    const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_64F;
+    const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_64F;
+}
+
+/// `out = factor · lhs · rhs + kept · out`, for the addresses of `out`, whose rows are contiguous, `lhs` and `rhs`, matrices of the type `input`.
+fn gemm<T: Summed>(
+    device: &CudaDevice,
+    [out, lhs, rhs]: [u64; 3],
+    operands: Operands,
+    input: blas::cudaDataType,
+    [factor, kept]: [T; 2],
+) -> Result<()> {
     let (m, n, k) = (operands.rows(), operands.columns(), operands.inner());
     // cuBLAS counts by columns, so that it sees each matrix transposed: (A B)ᵀ = Bᵀ Aᵀ.
     // SAFETY: the operands lie within their storages: `Operands` was made of their layouts; the output is as large as the product.
@@ -242,27 +265,26 @@ fn gemm<T: CudaDType + DeviceRepr>(
             int(n)?,
             int(m)?,
             int(k)?,
-            (&raw const one).cast(),
-            b as *const c_void,
+            (&raw const factor).cast(),
+            rhs as *const c_void,
             input,
             int(operands.rhs.leading())?,
             operands.rhs.batch_stride as i64,
-            a as *const c_void,
+            lhs as *const c_void,
             input,
             int(operands.lhs.leading())?,
             operands.lhs.batch_stride as i64,
-            (&raw const zero).cast(),
+            (&raw const kept).cast(),
             out as *mut c_void,
-            output,
+            T::KIND,
             int(n)?,
             (m * n) as i64,
             int(operands.batch)?,
-            compute,
+            T::COMPUTE,
             blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     }
-    .w()?;
-    Ok(wrap)
+    .w()
 }
 
 /// Memory that a kernel will fill.
@@ -363,7 +385,8 @@ pub(crate) fn cholesky(matrix: &CudaStorage, layout: &Layout) -> Result<Option<u
     }
 }
 
-/// In place: `L⁻¹ values`, or with `transposed` `L⁻ᵀ values`, for `lower` `[width, width]` and `values` `[width, lanes]`, f64.
+/// In place: `L⁻¹ values`, or with `transposed` `L⁻ᵀ values`, for `lower` `[width, width]` and `values` `[width, lanes]`, whose rows need not
+/// touch, f64.
 pub(crate) fn triangular_solve(
     values: (&CudaStorage, &Layout),
     lower: &Tensor,
@@ -372,7 +395,7 @@ pub(crate) fn triangular_solve(
     let (width, lanes) = values.1.shape().dims2()?;
     let device = &values.0.device;
     let triangle = address_of(lower)?;
-    let at = address(values.0, values.1)?;
+    let at = start(values.0, values.1)?;
     let one = 1f64;
     // By columns cuBLAS sees valuesᵀ, `[lanes, width]`, and U = Lᵀ: L x = b is xᵀ U = bᵀ, and Lᵀ x = b is xᵀ Uᵀ = bᵀ.
     // SAFETY: both matrices have the sizes that are given, and are on the device.
@@ -392,7 +415,7 @@ pub(crate) fn triangular_solve(
             triangle as *const f64,
             int(width)?,
             at as *mut f64,
-            int(lanes)?,
+            int(super::row_stride(values.1)?)?,
         )
         .result()
         .w()

@@ -1,28 +1,33 @@
-//! A site's damped Hessian and its factor where the sums are: as [`crate::numerics::factor`], in whole matrices instead of panels.
+//! A site's damped Hessian and its factor where the sums are: as [`crate::numerics::factor`], with U = Lᵀ in the place of L, whose panels are
+//! the same as those of the sums.
 
-use super::matrix::{product, select_rows};
+use super::matrix::{product, select_rows, subtract_product};
+use super::panels::{PANEL_ROWS, Panels};
 use super::sums::Sums;
 use super::{doubles, row_stride, values, vector};
 use crate::error::{Error, Result};
 use crate::numerics::factor::{ColumnOrder, Damped, damped, factor_block};
+use crate::numerics::panels::Shape;
 use crate::statistics::Product;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, bail};
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{MatMut, MatRef, Par};
 use std::cell::Cell;
+use std::cmp::Ordering;
+use std::ops::Range;
 
-/// As [`crate::numerics::factor::Factor`]. Matrices are `[width, width]` f64.
+/// As [`crate::numerics::factor::Factor`]. Matrices are f64.
 #[derive(Debug)]
 pub struct Factor {
-    /// Order of the columns and damping.
-    pub(crate) damped: Damped<Tensor>,
-    /// The original column of each row of L, u32.
+    /// Order of the columns and damping, and U, whose diagonal blocks have their zeros.
+    pub(crate) damped: Damped<Panels>,
+    /// The original column of each row of U, u32.
     pub(super) columns: Tensor,
-    /// The row of L of each original column, u32.
+    /// The row of U of each original column, u32.
     pub(super) rows: Tensor,
-    /// XᵀX in original order, where it was asked for.
+    /// XᵀX `[width, width]` in original order, where it was asked for.
     pub(super) gram: Option<Tensor>,
-    /// `X̃ᵀX − XᵀX` in original order, where the original model is matched.
+    /// `X̃ᵀX − XᵀX` `[width, width]` in original order, where the original model is matched.
     pub(super) shift: Option<Tensor>,
 }
 
@@ -43,7 +48,7 @@ impl Factor {
             .product(Product::Gram)
             .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
         let inverse = sums.inverse_scales()?;
-        let diagonal = sum.flatten_all()?.index_select(&diagonal(sum)?, 0)?;
+        let diagonal = sum.values().index_select(&sum.diagonal()?, 0)?;
         let energies = values::<i64>(&diagonal)?.into_iter().zip(doubles(&inverse)?);
         let energies: Vec<f64> = energies
             .map(|(sum, inverse)| sum as f64 * inverse * inverse)
@@ -57,7 +62,7 @@ impl Factor {
                     sums: sum,
                     inverse: &inverse,
                 };
-                filled(sum, &fill)
+                square(sum, &fill)
             })
             .transpose()?;
         let factors = damp_percents.into_iter().map(|damp_percent| {
@@ -67,13 +72,14 @@ impl Factor {
                 damp_percent,
                 column_order,
                 |reversed, diagonal| {
-                    let lower = hessian(sum, &inverse, &indices(reversed.iter()), Some(diagonal))?;
-                    let cholesky = Cholesky(Cell::new(None));
-                    lower.inplace_op1(&cholesky)?;
-                    Ok(match cholesky.0.get() {
-                        None => Ok(lower),
-                        Some(pivot) => Err(pivot),
-                    })
+                    let upper = Panels::zeros(sum.width(), Some(Shape::Upper), DType::F64, inverse.device())?;
+                    upper.values().inplace_op1(&FillDamped {
+                        sums: sum,
+                        inverse: &inverse,
+                        order: vector(&indices(reversed.iter()), &inverse)?,
+                        diagonal: vector(diagonal, &inverse)?,
+                    })?;
+                    Ok(cholesky(&upper)?.map(|()| upper))
                 },
             )?;
             let columns = indices(damped.order.iter().rev());
@@ -83,8 +89,8 @@ impl Factor {
                 .zip(0..)
                 .for_each(|(&column, row)| rows[column as usize] = row);
             Ok(Self {
-                columns: vector(&columns, sum)?,
-                rows: vector(&rows, sum)?,
+                columns: vector(&columns, &inverse)?,
+                rows: vector(&rows, &inverse)?,
                 gram: gram.clone(),
                 shift: shift.clone(),
                 damped,
@@ -100,22 +106,50 @@ impl Factor {
 
     /// `R_ii²` by original column, f64.
     pub fn importance(&self) -> Result<Tensor> {
-        let lower = &self.damped.lower;
-        let pivots = select_rows(&lower.reshape(((), 1))?, &diagonal(lower)?)?;
+        let upper = &self.damped.lower;
+        let pivots = select_rows(&upper.values().reshape(((), 1))?, &upper.diagonal()?)?;
         Ok(select_rows(&pivots.sqr()?, &self.rows)?.squeeze(1)?)
     }
 
-    /// As [`crate::numerics::factor::Factor::target`]: `weights` is `[width, lanes]` f64.
-    pub(super) fn target(&self, weights: &Tensor, alpha: f64) -> Result<Tensor> {
+    /// As [`crate::numerics::factor::Factor::target`], for `weights` `[width, lanes]` f64; `None` where the target is the weights.
+    pub(super) fn target(&self, weights: &Tensor, alpha: f64) -> Result<Option<Tensor>> {
         let Some(shift) = self.shift.as_ref().filter(|_| alpha != 0.0) else {
-            return Ok(weights.clone());
+            return Ok(None);
         };
         let moved = select_rows(&product(&shift.t()?, weights)?, &self.columns)?;
-        for transposed in [false, true] {
-            let lower = &self.damped.lower;
-            moved.inplace_op1(&TriangularSolve { lower, transposed })?;
+        self.solve(&moved)?;
+        Ok(Some((weights + (select_rows(&moved, &self.rows)? * alpha)?)?))
+    }
+
+    /// In place: `H_d⁻¹ values`, for `[width, lanes]` in the order of U's rows.
+    fn solve(&self, values: &Tensor) -> Result<()> {
+        let upper = &self.damped.lower;
+        let part = |rows: &Range<usize>| values.narrow(0, rows.start, rows.len());
+        let solved = |rows: &Range<usize>, right: Tensor, transposed: bool| -> Result<()> {
+            let lower = &lower_block(&upper.panel(rows)?)?;
+            right.inplace_op1(&TriangularSolve { lower, transposed })?;
+            Ok(values.slice_set(&right, 0, rows.start)?)
+        };
+        for rows in upper.panel_rows() {
+            let mut right = part(&rows)?.force_contiguous()?;
+            for earlier in upper.panel_rows().take_while(|earlier| *earlier != rows) {
+                let beside = upper
+                    .panel(&earlier)?
+                    .narrow(1, rows.start - earlier.start, rows.len())?;
+                right = (right - product(&beside.t()?, &part(&earlier)?)?)?;
+            }
+            solved(&rows, right, false)?;
         }
-        Ok((weights + (select_rows(&moved, &self.rows)? * alpha)?)?)
+        for rows in upper.panel_rows().rev() {
+            let mut right = part(&rows)?.force_contiguous()?;
+            let later = rows.end..self.width();
+            if !later.is_empty() {
+                let beside = upper.panel(&rows)?.narrow(1, rows.len(), later.len())?;
+                right = (right - product(&beside, &part(&later)?)?)?;
+            }
+            solved(&rows, right, true)?;
+        }
+        Ok(())
     }
 }
 
@@ -131,25 +165,14 @@ pub fn held_out(sums: &Sums) -> Result<Option<Tensor>> {
 }
 
 /// A symmetric product in f64, `[width, width]` in original order.
-fn whole(sums: &Tensor, inverse: &Tensor) -> Result<Tensor> {
-    let order: Vec<u32> = (0..sums.dim(0)? as u32).collect();
-    hessian(sums, inverse, &order, None)
+fn whole(sums: &Panels, inverse: &Tensor) -> Result<Tensor> {
+    square(sums, &FillWhole { sums, inverse })
 }
 
-/// See [`FillHessian`].
-fn hessian(sums: &Tensor, inverse: &Tensor, order: &[u32], diagonal: Option<&[f64]>) -> Result<Tensor> {
-    let fill = FillHessian {
-        sums,
-        inverse,
-        order: vector(order, sums)?,
-        diagonal: diagonal.map(|values| vector(values, sums)).transpose()?,
-    };
-    filled(sums, &fill)
-}
-
-/// A matrix as large as `like`, in f64, that `fill` has filled.
-fn filled(like: &Tensor, fill: &impl InplaceOp1) -> Result<Tensor> {
-    let out = Tensor::zeros(like.shape(), DType::F64, like.device())?;
+/// `[width, width]` f64, as `fill` fills it.
+fn square(sums: &Panels, fill: &impl InplaceOp1) -> Result<Tensor> {
+    let width = sums.width();
+    let out = Tensor::zeros((width, width), DType::F64, sums.values().device())?;
     out.inplace_op1(fill)?;
     Ok(out)
 }
@@ -159,40 +182,79 @@ fn indices<'a>(columns: impl Iterator<Item = &'a usize>) -> Vec<u32> {
     columns.map(|&column| column as u32).collect()
 }
 
-/// Where the diagonal of a square matrix is in its values.
-fn diagonal(matrix: &Tensor) -> Result<Tensor> {
-    let width = matrix.dim(0)? as u32;
-    let places: Vec<u32> = (0..width).map(|i| i * (width + 1)).collect();
-    Ok(vector(&places, matrix)?)
+/// In the place of a symmetric matrix, which is given by its upper half: U of `UᵀU`, or the row of the pivot that is not positive. Left-looking, a
+/// panel after the other.
+fn cholesky(matrix: &Panels) -> Result<Result<(), usize>> {
+    let below = Tensor::tril2(
+        matrix.width().min(PANEL_ROWS),
+        DType::F64,
+        matrix.values().device(),
+    )?;
+    for rows in matrix.panel_rows() {
+        let panel = matrix.panel(&rows)?;
+        for earlier in matrix.panel_rows().take_while(|earlier| *earlier != rows) {
+            let first = rows.start - earlier.start;
+            let done = matrix.panel(&earlier)?;
+            let (above, beside) = (
+                done.narrow(1, first, rows.len())?,
+                done.narrow(1, first, panel.dim(1)?)?,
+            );
+            subtract_product(&panel, &above.t()?, &beside)?;
+        }
+        let lower = lower_block(&panel)?;
+        let cholesky = Cholesky(Cell::new(None));
+        lower.inplace_op1(&cholesky)?;
+        if let Some(pivot) = cholesky.0.get() {
+            return Ok(Err(rows.start + pivot));
+        }
+        // What the products left in the other half is no part of the factor.
+        let below = below.narrow(0, 0, rows.len())?.narrow(1, 0, rows.len())?;
+        panel.slice_set(&(&lower * below)?.t()?.force_contiguous()?, 1, 0)?;
+        let later = panel.dim(1)? - rows.len();
+        if later > 0 {
+            let (lower, transposed) = (&lower, false);
+            let beside = panel.narrow(1, rows.len(), later)?;
+            beside.inplace_op1(&TriangularSolve { lower, transposed })?;
+        }
+    }
+    Ok(Ok(()))
 }
 
-/// H of a symmetric product's sums in the order `order`: all of it, or its lower half with another diagonal, which is by original column.
-struct FillHessian<'a> {
-    sums: &'a Tensor,
+/// The square on the diagonal of an upper panel, turned: a copy.
+fn lower_block(panel: &Tensor) -> Result<Tensor> {
+    Ok(panel.narrow(1, 0, panel.dim(0)?)?.t()?.force_contiguous()?)
+}
+
+/// The upper half of H in the order `order`, with another diagonal, which is by original column, in the values of panels of zeros.
+struct FillDamped<'a> {
+    sums: &'a Panels,
     inverse: &'a Tensor,
     order: Tensor,
-    diagonal: Option<Tensor>,
+    diagonal: Tensor,
 }
 
-impl InplaceOp1 for FillHessian<'_> {
+impl InplaceOp1 for FillDamped<'_> {
     fn name(&self) -> &'static str {
-        "fill_hessian"
+        "fill_damped"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (width, _) = layout.shape().dims2()?;
-        let out = matrix_mut(storage, layout)?;
-        let (inverse, order) = (doubles(self.inverse)?, self.order.to_vec1::<u32>()?);
-        let sums = values::<i64>(self.sums)?;
-        let diagonal = self.diagonal.as_ref().map(doubles).transpose()?;
-        for row in 0..width {
-            let columns = if diagonal.is_some() { row + 1 } else { width };
-            for column in 0..columns {
-                let (a, b) = (order[row] as usize, order[column] as usize);
-                out[row * width + column] = match &diagonal {
-                    Some(diagonal) if row == column => diagonal[a],
-                    _ => symmetric(&sums, &inverse, a, b),
-                };
+        let sums = Symmetric::new(self.sums, self.inverse)?;
+        let (order, diagonal) = (self.order.to_vec1::<u32>()?, doubles(&self.diagonal)?);
+        let (CpuStorage::F64(out), Some((mut at, _))) = (storage, layout.contiguous_offsets()) else {
+            bail!("fill_damped fills f64 panels");
+        };
+        for rows in self.sums.panel_rows() {
+            for row in rows.clone() {
+                for column in self.sums.columns(&rows) {
+                    let (a, b) = (order[row] as usize, order[column] as usize);
+                    match row.cmp(&column) {
+                        Ordering::Less => out[at] = sums.at(a, b),
+                        Ordering::Equal => out[at] = diagonal[a],
+                        Ordering::Greater => {}
+                    }
+                    at += 1;
+                }
             }
         }
         Ok(())
@@ -200,32 +262,61 @@ impl InplaceOp1 for FillHessian<'_> {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        use super::cuda::{Arg, FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
-        let (width, _) = layout.shape().dims2()?;
-        let diagonal = self.diagonal.as_ref().map_or(Ok(Arg::Pointer(0)), pointer)?;
+        use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
+        let width = self.sums.width();
         let args = [
             pointer_at(storage, layout)?,
-            pointer(self.sums)?,
+            pointer(self.sums.values())?,
             pointer(self.inverse)?,
             pointer(&self.order)?,
-            diagonal,
+            pointer(&self.diagonal)?,
             u32_arg(width)?,
-            Arg::U32(self.diagonal.is_none().into()),
+            u32_arg(PANEL_ROWS)?,
         ];
-        launch(
-            &storage.device,
-            FACTOR,
-            "hessian",
-            Threads::over(width, width),
-            &args,
-        )
+        let threads = Threads::over(width, width);
+        launch(&storage.device, FACTOR, "damped", threads, &args)
+    }
+}
+
+/// All of H in original order.
+struct FillWhole<'a> {
+    sums: &'a Panels,
+    inverse: &'a Tensor,
+}
+
+impl InplaceOp1 for FillWhole<'_> {
+    fn name(&self) -> &'static str {
+        "fill_whole"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (width, sums) = (self.sums.width(), Symmetric::new(self.sums, self.inverse)?);
+        for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
+            *out = sums.at(i / width, i % width);
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+        use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
+        let width = self.sums.width();
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.sums.values())?,
+            pointer(self.inverse)?,
+            u32_arg(width)?,
+            u32_arg(PANEL_ROWS)?,
+        ];
+        let threads = Threads::over(width, width);
+        launch(&storage.device, FACTOR, "whole", threads, &args)
     }
 }
 
 /// `M − H` in original order.
 struct FillShift<'a> {
-    cross: &'a Tensor,
-    sums: &'a Tensor,
+    cross: &'a Panels,
+    sums: &'a Panels,
     inverse: &'a Tensor,
 }
 
@@ -235,13 +326,11 @@ impl InplaceOp1 for FillShift<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (width, _) = layout.shape().dims2()?;
-        let out = matrix_mut(storage, layout)?;
-        let inverse = doubles(self.inverse)?;
-        let (cross, sums) = (values::<i64>(self.cross)?, values::<i64>(self.sums)?);
-        for (i, out) in out.iter_mut().enumerate() {
+        let (width, sums) = (self.sums.width(), Symmetric::new(self.sums, self.inverse)?);
+        let cross = values::<i64>(self.cross.values())?;
+        for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
             let (row, column) = (i / width, i % width);
-            *out = cross[i] as f64 * inverse[row] * inverse[column] - symmetric(&sums, &inverse, row, column);
+            *out = sums.scaled(cross[i], row, column) - sums.at(row, column);
         }
         Ok(())
     }
@@ -249,27 +338,49 @@ impl InplaceOp1 for FillShift<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
         use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
-        let (width, _) = layout.shape().dims2()?;
+        let width = self.sums.width();
         let args = [
             pointer_at(storage, layout)?,
-            pointer(self.cross)?,
-            pointer(self.sums)?,
+            pointer(self.cross.values())?,
+            pointer(self.sums.values())?,
             pointer(self.inverse)?,
             u32_arg(width)?,
+            u32_arg(PANEL_ROWS)?,
         ];
-        launch(
-            &storage.device,
-            FACTOR,
-            "shift",
-            Threads::over(width, width),
-            &args,
-        )
+        let threads = Threads::over(width, width);
+        launch(&storage.device, FACTOR, "shift", threads, &args)
     }
 }
 
-fn symmetric(sums: &[i64], inverse: &[f64], a: usize, b: usize) -> f64 {
-    let (row, column) = (a.min(b), a.max(b));
-    sums[row * inverse.len() + column] as f64 * inverse[row] * inverse[column]
+/// H in original order, on the CPU.
+struct Symmetric {
+    inverse: Vec<f64>,
+    /// The sums from the diagonal on, row after row.
+    rows: Vec<Vec<i64>>,
+}
+
+impl Symmetric {
+    fn new(sums: &Panels, inverse: &Tensor) -> candle_core::Result<Self> {
+        let mut rows = Vec::with_capacity(sums.width());
+        for panel in sums.panel_rows() {
+            let values = values::<i64>(&sums.panel(&panel).map_err(candle_core::Error::wrap)?)?;
+            let from_first = values.chunks_exact(sums.width() - panel.start).enumerate();
+            rows.extend(from_first.map(|(row, values)| values[row..].to_vec()));
+        }
+        Ok(Self {
+            inverse: doubles(inverse)?,
+            rows,
+        })
+    }
+
+    fn at(&self, a: usize, b: usize) -> f64 {
+        let (row, column) = (a.min(b), a.max(b));
+        self.scaled(self.rows[row][column - row], row, column)
+    }
+
+    fn scaled(&self, sum: i64, row: usize, column: usize) -> f64 {
+        sum as f64 * self.inverse[row] * self.inverse[column]
+    }
 }
 
 /// In place: the lower Cholesky factor of a matrix that is given by its lower half, or the row of the pivot that is not positive.
@@ -295,7 +406,7 @@ impl InplaceOp1 for Cholesky {
     }
 }
 
-/// In place, for `[width, lanes]`: `L⁻¹ values`, or `L⁻ᵀ values`.
+/// In place, for `[width, lanes]`, whose rows need not touch: `L⁻¹ values`, or `L⁻ᵀ values`.
 struct TriangularSolve<'a> {
     lower: &'a Tensor,
     transposed: bool,
@@ -310,7 +421,13 @@ impl InplaceOp1 for TriangularSolve<'_> {
         let (width, lanes) = layout.shape().dims2()?;
         let lower = doubles(self.lower)?;
         let lower = MatRef::from_row_major_slice(&lower, width, width);
-        let values = MatMut::from_row_major_slice_mut(matrix_mut(storage, layout)?, width, lanes);
+        let (CpuStorage::F64(values), stride) = (storage, row_stride(layout)?) else {
+            bail!("triangular_solve takes f64 values");
+        };
+        let values = &mut values[layout.start_offset()..][..(width - 1) * stride + lanes];
+        // faer 0.24 takes the strides of a row-major one, to be written, for each other.
+        let values = MatMut::from_column_major_slice_with_stride_mut(values, lanes, width, stride);
+        let values = values.transpose_mut();
         match self.transposed {
             false => solve_lower_triangular_in_place(lower, values, Par::Seq),
             true => solve_upper_triangular_in_place(lower.transpose(), values, Par::Seq),

@@ -1,7 +1,7 @@
 //! Matrices within tensors, and their product: f64 in f64, everything else summed in f32, 16-bit values without rounding their products.
 
 use crate::numerics::gemm::{Real, View, ViewMut, product as multiply};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 /// `lhs · rhs` for `[m, k]` and `[k, n]`, or for a batch `[b, ..]` of each. The rows or the columns of each have to be contiguous. The result
 /// is f64 for f64, and f32 for f32, bf16 and f16.
@@ -176,6 +176,51 @@ impl CustomOp2 for Product {
     }
 }
 
+/// `out -= lhs · rhs` in f64, where all three are parts of one storage: `out` has whole rows, behind both others.
+///
+/// # Errors
+/// Shapes, dtypes or places do not fit.
+pub(super) fn subtract_product(out: &Tensor, lhs: &Tensor, rhs: &Tensor) -> Result<()> {
+    let operands = Operands::new(lhs.layout(), rhs.layout())?;
+    if out.dims2()? != (operands.rows(), operands.columns()) {
+        bail!(
+            "no difference of {:?} and a product of another shape",
+            out.shape()
+        );
+    }
+    out.inplace_op1(&SubtractProduct(operands))
+}
+
+struct SubtractProduct(Operands);
+
+impl InplaceOp1 for SubtractProduct {
+    fn name(&self) -> &'static str {
+        "subtract_product"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Operands { lhs, rhs, .. } = self.0;
+        let (CpuStorage::F64(values), Some((begin, end))) = (storage, layout.contiguous_offsets()) else {
+            bail!("subtract_product takes f64 matrices");
+        };
+        let (before, out) = values[..end].split_at_mut(begin);
+        let (rows, columns) = (self.0.rows(), self.0.columns());
+        multiply(
+            ViewMut::rows(out, rows, columns, columns),
+            1.0,
+            lhs.view(before, 0),
+            rhs.view(before, 0),
+            -1.0,
+        );
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> Result<()> {
+        super::cuda::subtract_product(storage, layout, self.0)
+    }
+}
+
 /// The rows `indices`, u32, of an f64 matrix `[rows, lanes]`. candle has it for other dtypes.
 ///
 /// # Errors
@@ -258,6 +303,22 @@ mod tests {
             let of = |t: &Tensor| t.to_dtype(DType::F64).unwrap().contiguous().unwrap();
             let expected = of(&lhs).matmul(&of(&rhs)).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
             prop_assert_eq!(of(&out).flatten_all().unwrap().to_vec1::<f64>().unwrap(), expected);
+        }
+
+        /// As the factorization has it: two parts of a matrix, one turned, and a matrix behind it.
+        #[test]
+        fn a_product_is_subtracted_in_place(m in 1usize..9, k in 1usize..9, n in 1usize..9) {
+            let values: Vec<f64> = (0..k * (m + n) + m * n).map(|i| ((i * 7) % 11) as f64 - 5.0).collect();
+            let whole = Tensor::from_vec(values, k * (m + n) + m * n, &Device::Cpu).unwrap();
+            let both = whole.narrow(0, 0, k * (m + n)).unwrap().reshape((k, m + n)).unwrap();
+            let (lhs, rhs) = (both.narrow(1, 0, m).unwrap().t().unwrap(), both.narrow(1, m, n).unwrap());
+            let out = whole.narrow(0, k * (m + n), m * n).unwrap().reshape((m, n)).unwrap();
+            let expected = (&out - product(&lhs, &rhs).unwrap()).unwrap().to_vec2::<f64>().unwrap();
+            let before = both.to_vec2::<f64>().unwrap();
+            subtract_product(&out, &lhs, &rhs).unwrap();
+            prop_assert_eq!(out.to_vec2::<f64>().unwrap(), expected);
+            prop_assert_eq!(both.to_vec2::<f64>().unwrap(), before);
+            prop_assert!(subtract_product(&out, &rhs.t().unwrap(), &rhs).is_err() || m == n);
         }
     }
 }

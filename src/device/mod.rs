@@ -10,6 +10,7 @@ pub(crate) mod cuda;
 pub mod divergence;
 pub mod factor;
 pub mod matrix;
+pub(crate) mod panels;
 #[cfg(feature = "cuda")]
 mod pinned;
 mod placement;

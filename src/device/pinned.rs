@@ -1,15 +1,18 @@
-//! Page-locked memory, through which values pass between the host and a device: weights and codes beside what it computes, activations that it
-//! has no room for in the order of what it is asked.
+//! Page-locked memory, through which values pass between the host and a device beside what it computes: weights, codes, activations that it has
+//! no room for. Each way has a stream of its own, and events say what has to be there before what.
 
-use super::cuda::{address, floats, start};
+use super::cuda::address;
+use super::transfer::{AHEAD, LEAVING};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, PinnedHostSlice, result as driver,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result as driver,
 };
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Bytes of a buffer that the device copies from.
@@ -68,26 +71,28 @@ pub(crate) fn upload(device: &CudaDevice, bytes: &[u8], dtype: DType) -> Result<
         stream.wait(&complete).w()?;
         Ok::<_, candle_core::Error>(out)
     })?;
-    let (count, address) = (bytes.len() / dtype.size_in_bytes(), out.leak());
-    // SAFETY: the memory holds so many values of this dtype and has no other owner. It is freed in the stream in which it is used.
-    unsafe {
-        match dtype {
-            DType::BF16 => Ok(adopt::<bf16>(device, address, count)),
-            DType::F16 => Ok(adopt::<f16>(device, address, count)),
-            DType::F32 => Ok(adopt::<f32>(device, address, count)),
-            other => bail!("no upload of {other:?}"),
-        }
-    }
+    adopt(device, out, dtype)
 }
 
-/// The owner of `count` values at `address`, from now on.
-///
-/// # Safety
-/// They are there, and nobody else owns them.
-unsafe fn adopt<T: CudaDType>(device: &CudaDevice, address: u64, count: usize) -> CudaStorage {
-    // SAFETY: as above.
-    let slice = unsafe { device.cuda_stream().upgrade_device_ptr::<T>(address, count) };
-    CudaStorage::wrap_cuda_slice(slice, device.clone())
+/// Memory of another stream as values of `dtype`, to be used and freed in the device's own.
+fn adopt(device: &CudaDevice, memory: CudaSlice<u8>, dtype: DType) -> Result<CudaStorage> {
+    /// # Safety
+    /// So many values are at this address, and nobody else owns them.
+    unsafe fn owned<T: CudaDType>(device: &CudaDevice, address: u64, count: usize) -> CudaStorage {
+        // SAFETY: as above.
+        let slice = unsafe { device.cuda_stream().upgrade_device_ptr::<T>(address, count) };
+        CudaStorage::wrap_cuda_slice(slice, device.clone())
+    }
+    let count = memory.len() / dtype.size_in_bytes();
+    // SAFETY: the memory holds so many values of this dtype and has no other owner.
+    unsafe {
+        match dtype {
+            DType::BF16 => Ok(owned::<bf16>(device, memory.leak(), count)),
+            DType::F16 => Ok(owned::<f16>(device, memory.leak(), count)),
+            DType::F32 => Ok(owned::<f32>(device, memory.leak(), count)),
+            other => bail!("no values of {other:?} are copied to a device"),
+        }
+    }
 }
 
 /// A point in the work of a device.
@@ -154,28 +159,80 @@ pub(crate) fn download<T: bytemuck::Pod>(
     Ok(out)
 }
 
-/// Page-locked memory that the device reads and writes in the order of what it is asked.
+/// Two streams beside the device's own, on which activations go to the host and come back while it computes.
+#[derive(Debug)]
+pub(crate) struct Traffic {
+    device: CudaDevice,
+    out: Arc<CudaStream>,
+    back: Arc<CudaStream>,
+    /// What is on its way out, and when it will be there.
+    leaving: RefCell<VecDeque<(Tensor, Arc<Event>)>>,
+    /// Where the device's own stream was when the last ones were asked back.
+    asked: RefCell<VecDeque<Event>>,
+}
+
+impl Traffic {
+    pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = || device.cuda_stream().context().new_stream().w();
+        Ok(Self {
+            out: stream()?,
+            back: stream()?,
+            device: device.clone(),
+            leaving: RefCell::default(),
+            asked: RefCell::default(),
+        })
+    }
+
+    /// Lets go of all that is on its way out but the last `kept`. Its memory is the device's again when it is there.
+    fn settle(&self, kept: usize) -> Result<()> {
+        let mut leaving = self.leaving.borrow_mut();
+        while leaving.len() > kept {
+            if let Some((_, there)) = leaving.front() {
+                self.device.cuda_stream().wait(there).w()?;
+            }
+            leaving.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Has what comes back next wait until the device's own stream is where it was some requests ago: so many are in its memory at most.
+    fn queue_up(&self) -> Result<()> {
+        let mut asked = self.asked.borrow_mut();
+        asked.push_back(record(&self.device)?);
+        match asked.len() > AHEAD {
+            true => (asked.pop_front()).map_or(Ok(()), |then| self.back.wait(&then).w()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        // Where the device has failed, whoever asks it next is told.
+        self.settle(0).ok();
+    }
+}
+
+/// Page-locked memory that the device copies to and from beside what it computes.
 #[derive(Debug)]
 pub(crate) struct HostBuffer {
-    device: CudaDevice,
+    traffic: Rc<Traffic>,
     memory: PinnedHostSlice<u8>,
     start: usize,
+    /// After the last copy to or from it.
+    used: RefCell<Option<Arc<Event>>>,
 }
 
 impl HostBuffer {
-    pub(crate) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(traffic: &Rc<Traffic>, bytes: usize) -> Result<Self> {
+        let context = traffic.device.cuda_stream();
         // SAFETY: it is read after it has been written. Not write-combined: the device alone uses it, but it may be much of the memory.
-        let mut memory = unsafe {
-            device
-                .cuda_stream()
-                .context()
-                .alloc_pinned_with_flags::<u8>(bytes, 0)
-        }
-        .w()?;
+        let mut memory = unsafe { context.context().alloc_pinned_with_flags::<u8>(bytes, 0) }.w()?;
         Ok(Self {
-            device: device.clone(),
             start: memory.as_mut_ptr().w()? as usize,
             memory,
+            traffic: Rc::clone(traffic),
+            used: RefCell::default(),
         })
     }
 
@@ -183,33 +240,70 @@ impl HostBuffer {
         self.memory.len()
     }
 
-    /// Asks for a copy of a contiguous part of a storage.
-    pub(crate) fn fill(&self, storage: &CudaStorage, layout: &Layout) -> Result<()> {
-        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
-        let from = address(storage, layout)?;
-        // SAFETY: the memory is as large, and nobody but the device touches it while this buffer lives.
+    /// Asks for a copy of a contiguous tensor, as soon as it is made.
+    pub(crate) fn fill(&self, tensor: Tensor) -> Result<()> {
+        let stream = &self.traffic.out;
+        stream.wait(&record(&self.traffic.device)?).w()?;
+        self.after_last_use(stream)?;
+        {
+            let (storage, layout) = tensor.storage_and_layout();
+            let Storage::Cuda(storage) = &*storage else {
+                bail!("a tensor is not on the device");
+            };
+            let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+            let from = address(storage, layout)?;
+            // SAFETY: the memory is as large, and nobody but the device touches it while this buffer lives; the tensor is kept until the copy
+            // is made.
+            unsafe {
+                let to = std::slice::from_raw_parts_mut(self.start as *mut u8, bytes);
+                driver::memcpy_dtoh_async(to, from, stream.cu_stream()).w()?;
+            }
+        }
+        let there = self.note_use(stream)?;
+        self.traffic.leaving.borrow_mut().push_back((tensor, there));
+        self.traffic.settle(LEAVING)
+    }
+
+    /// Asks for a copy of its first bytes on the device, values of `dtype`. What is asked of the device afterwards waits for it, what was asked
+    /// before does not.
+    pub(crate) fn read(&self, bytes: usize, dtype: DType) -> Result<CudaStorage> {
+        let (device, stream) = (&self.traffic.device, &self.traffic.back);
+        self.traffic.queue_up()?;
+        self.after_last_use(stream)?;
+        // SAFETY: all of it is written below.
+        let out = unsafe { stream.alloc::<u8>(bytes) }.w()?;
+        let to = out.device_ptr(stream).0;
+        // SAFETY: as above; `out` has so many bytes.
         unsafe {
-            let to = std::slice::from_raw_parts_mut(self.start as *mut u8, bytes);
-            driver::memcpy_dtoh_async(to, from, self.device.cuda_stream().cu_stream()).w()
+            let from = std::slice::from_raw_parts(self.start as *const u8, bytes);
+            driver::memcpy_htod_async(to, from, stream.cu_stream()).w()?;
+        }
+        let here = self.note_use(stream)?;
+        device.cuda_stream().wait(&here).w()?;
+        adopt(device, out, dtype)
+    }
+
+    /// Has `stream` wait for the last copy.
+    fn after_last_use(&self, stream: &CudaStream) -> Result<()> {
+        match &*self.used.borrow() {
+            Some(used) => stream.wait(used).w(),
+            None => Ok(()),
         }
     }
 
-    /// Asks for a copy of its first bytes on the device, values of `dtype`.
-    pub(crate) fn read(&self, bytes: usize, dtype: DType) -> Result<CudaStorage> {
-        let out = floats(&self.device, dtype, bytes / dtype.size_in_bytes())?;
-        let to = start(&out, &Layout::contiguous(bytes / dtype.size_in_bytes()))?;
-        // SAFETY: as above; `out` has so many bytes, and is freed on the same stream.
-        unsafe {
-            let from = std::slice::from_raw_parts(self.start as *const u8, bytes);
-            driver::memcpy_htod_async(to, from, self.device.cuda_stream().cu_stream()).w()?;
-        }
-        Ok(out)
+    /// The point after what `stream` was asked so far, which has this buffer.
+    fn note_use(&self, stream: &CudaStream) -> Result<Arc<Event>> {
+        let used = Arc::new(stream.record_event(None).w()?);
+        self.used.replace(Some(Arc::clone(&used)));
+        Ok(used)
     }
 }
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // The device may still be asked to use it. Where it has failed, whoever asks it next is told.
-        self.device.cuda_stream().synchronize().ok();
+        // The device may still have to use it. Where it has failed, whoever asks it next is told.
+        if let Some(used) = self.used.take() {
+            used.synchronize().ok();
+        }
     }
 }

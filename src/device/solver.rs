@@ -3,10 +3,11 @@
 //! product. All is left-looking: before a block of columns one product brings what the columns before it feed to it.
 
 use super::factor::{Factor, matrix_mut};
-use super::matrix::{product, select_rows};
+use super::matrix::product;
+use super::panels::PANEL_ROWS;
 use super::transfer::{Codes, Mark, download};
 use super::{doubles, vector};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::numerics::scales::{Scales, search};
 use crate::numerics::solver::{GptqOptions, SolvedRows};
 use crate::numerics::{Grid, QuantizedWeight};
@@ -14,13 +15,14 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
 
 /// Columns of a block. kernels/solver.cu keeps a block of a lane in shared memory.
 const BLOCK: usize = 64;
-/// Outputs whose energy is summed at a time.
-const ENERGY_ROWS: usize = 1024;
+const _: () = assert!(PANEL_ROWS.is_multiple_of(BLOCK), "a block lies in one panel");
 /// Threads of a block's launches.
 #[cfg(feature = "cuda")]
 const BLOCK_THREADS: u32 = 64;
-/// Bytes of one matrix `[width, lanes]`; about ten of them are in memory at a time.
-const MATRIX_BYTES: usize = 512 << 20;
+/// Bytes of one matrix `[width, lanes]`; some of them are in memory at a time.
+const MATRIX_BYTES: usize = 256 << 20;
+/// Columns of a weight that are turned into lanes at a time.
+const LANE_COLUMNS: usize = 1024;
 
 /// How many rows of a linear with `width` columns are solved at a time.
 pub fn rows_at_a_time(width: usize) -> usize {
@@ -57,23 +59,28 @@ pub fn predicted_loss(weights: &Tensor, importance: &Tensor, grid: Grid) -> Resu
 /// The device has no memory left.
 pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions) -> Result<Solved> {
     let problem = Problem::new(weights, grid)?;
-    let target = factor.target(&lanes_of(weights)?, options.match_original)?;
+    // In one matrix with what the sweep makes, so that codes come in the place of targets.
+    let state = problem.state(2 * problem.width + 2)?;
+    let target = state.narrow(0, 0, problem.width)?;
+    fill_lanes(&target, weights)?;
+    if let Some(moved) = factor.target(&target, options.match_original)? {
+        state.slice_set(&moved, 0, 0)?;
+    }
     let scales = problem.search(&target, &factor.importance()?)?;
-    let ordered = select_rows(&target, &factor.columns)?;
-    // A matrix as large as any: it goes as soon as it has served.
+    let energies = problem.energies(&target, factor)?;
     let refined = (factor.gram.as_ref()).filter(|_| options.refine_rounds > 0);
-    let refined = refined.map(|gram| (gram, target));
-    let swept = problem.sweep(&ordered, factor, &scales)?;
-    drop(ordered);
+    let refined = refined.map(|gram| Ok::<_, Error>((gram, target.force_contiguous()?)));
+    let refined = refined.transpose()?;
+    problem.sweep(&state, factor, &scales)?;
     let (codes, errors) = match refined {
-        None => (swept.codes, swept.errors),
-        Some((gram, target)) => {
+        None => (target, state.get(2 * problem.width)?),
+        Some((gram, original)) => {
             let damping = vector(&factor.damped.damping, gram)?;
             let hessian = Hessian { gram, damping };
-            problem.refine(&target, swept.codes, &scales, &hessian, options.refine_rounds)?
+            problem.refine(&original, target, &scales, &hessian, options.refine_rounds)?
         }
     };
-    let tallies = Tensor::stack(&[errors, swept.energies, swept.clipped], 0)?;
+    let tallies = Tensor::stack(&[errors, energies, state.get(2 * problem.width + 1)?], 0)?;
     problem.solved(&codes, &scales, tallies)
 }
 
@@ -138,15 +145,6 @@ struct Problem<'a> {
     lanes: usize,
     grid: Grid,
     like: &'a Tensor,
-}
-
-struct Swept {
-    /// `[width, lanes]`, original column order.
-    codes: Tensor,
-    /// By lane, f64.
-    errors: Tensor,
-    energies: Tensor,
-    clipped: Tensor,
 }
 
 /// H_d, in original order.
@@ -223,54 +221,39 @@ impl<'a> Problem<'a> {
         Ok((target - values.reshape((self.width, self.lanes))?)?)
     }
 
-    /// Of `target` in the order of L's rows.
-    fn sweep(self, target: &Tensor, factor: &Factor, scales: &Tensor) -> Result<Swept> {
+    /// Codes in the place of targets: see [`Sweep`].
+    fn sweep(self, state: &Tensor, factor: &Factor, scales: &Tensor) -> Result<()> {
         let width = self.width;
-        let lower = &factor.damped.lower;
-        let energies = self.energies(target, lower)?;
-        // By row of L: errors, codes, and what each lane sums up.
-        let state = self.state(2 * width + 2)?;
         for begin in (0..width).step_by(BLOCK).rev() {
-            let rows = BLOCK.min(width - begin);
-            let (end, done) = (begin + rows, width - begin - rows);
-            let carried = match done {
-                0 => self.state(rows)?,
-                _ => {
-                    let strip = lower.narrow(0, end, done)?.narrow(1, begin, rows)?;
-                    product(&strip.t()?, &state.narrow(0, end, done)?)?
-                }
+            let (end, upper) = (width.min(begin + BLOCK), &factor.damped.lower);
+            // The rows of U are columns of L, from the first row of their panel on.
+            let strip = upper.rows(&(begin..end))?;
+            let from = |row: usize, count| strip.narrow(1, strip.dim(1)? - (width - row), count);
+            let carried = match width - end {
+                0 => self.state(end - begin)?,
+                done => product(&from(end, done)?, &state.narrow(0, width + end, done)?)?,
             };
             state.inplace_op1(&Sweep {
                 problem: self,
                 carried: &carried,
-                target,
-                lower,
+                lower: &from(begin, end - begin)?.t()?.force_contiguous()?,
                 scales,
                 columns: &factor.columns,
                 begin,
-                rows,
+                rows: end - begin,
             })?;
         }
-        Ok(Swept {
-            codes: select_rows(&state.narrow(0, width, width)?, &factor.rows)?,
-            errors: state.get(2 * width)?,
-            energies,
-            clipped: state.get(2 * width + 1)?,
-        })
+        Ok(())
     }
 
-    /// Each lane's output energy, ‖Lᵀ target‖²; `target` is in the order of L's rows. As on the CPU, single precision is enough for what decides
-    /// no code. Above its diagonal L is zero, so half of the product is left out.
-    fn energies(self, target: &Tensor, lower: &Tensor) -> Result<Tensor> {
-        let target = target.to_dtype(DType::F32)?;
+    /// Each lane's output energy, ‖U target‖², f64. As on the CPU, single precision is enough for what decides no code.
+    fn energies(self, target: &Tensor, factor: &Factor) -> Result<Tensor> {
+        let target = target.to_dtype(DType::F32)?.index_select(&factor.columns, 0)?;
         let mut energies = Tensor::zeros(self.lanes, DType::F32, self.like.device())?;
-        for first in (0..self.width).step_by(ENERGY_ROWS) {
-            let (rows, below) = (ENERGY_ROWS.min(self.width - first), self.width - first);
-            let strip = lower.narrow(0, first, below)?.narrow(1, first, rows)?;
-            let outputs = product(
-                &strip.to_dtype(DType::F32)?.t()?,
-                &target.narrow(0, first, below)?,
-            )?;
+        let upper = &factor.damped.lower;
+        for rows in upper.panel_rows() {
+            let panel = upper.panel(&rows)?.to_dtype(DType::F32)?;
+            let outputs = product(&panel, &target.narrow(0, rows.start, panel.dim(1)?)?)?;
             energies = (energies + outputs.sqr()?.sum(0)?)?;
         }
         Ok(energies.to_dtype(DType::F64)?)
@@ -385,7 +368,21 @@ impl<'a> Problem<'a> {
 
 /// `[rows, width]` → `[width, rows]` f64
 fn lanes_of(weights: &Tensor) -> Result<Tensor> {
-    Ok(weights.to_dtype(DType::F64)?.t()?.contiguous()?)
+    let (lanes, width) = weights.dims2()?;
+    let out = Tensor::zeros((width, lanes), DType::F64, weights.device())?;
+    fill_lanes(&out, weights)?;
+    Ok(out)
+}
+
+/// [`lanes_of`] in `out`, some columns at a time.
+fn fill_lanes(out: &Tensor, weights: &Tensor) -> Result<()> {
+    let width = weights.dim(1)?;
+    for first in (0..width).step_by(LANE_COLUMNS) {
+        let columns = weights.narrow(1, first, LANE_COLUMNS.min(width - first))?;
+        let lanes = columns.t()?.to_dtype(DType::F64)?.contiguous()?;
+        out.slice_set(&lanes, 0, first)?;
+    }
+    Ok(())
 }
 
 /// The sum of a vector, in its order.
@@ -547,12 +544,12 @@ impl InplaceOp1 for RoundPlainly<'_> {
     }
 }
 
-/// Error feedback within the rows `begin..` of L, from the last to the first, into a state `[2 * width + 2, lanes]` by row of L: errors,
-/// codes, each lane's squared error and clipped codes. `carried`, `[rows, lanes]`, is what the columns before feed to them.
+/// Error feedback within the rows `begin..` of L, from the last to the first, in a state `[2 * width + 2, lanes]`: by original column targets, in
+/// whose place codes come; by row of L errors; each lane's squared error and clipped codes. `carried`, `[rows, lanes]`, is what the columns
+/// before feed to them, `lower` `[rows, rows]` their block of L.
 struct Sweep<'a> {
     problem: Problem<'a>,
     carried: &'a Tensor,
-    target: &'a Tensor,
     lower: &'a Tensor,
     scales: &'a Tensor,
     columns: &'a Tensor,
@@ -567,8 +564,7 @@ impl InplaceOp1 for Sweep<'_> {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
         let Problem { width, lanes, .. } = self.problem;
-        let (carried, target) = (doubles(self.carried)?, doubles(self.target)?);
-        let lower = doubles(&self.lower.narrow(0, self.begin, self.rows)?)?;
+        let (carried, lower) = (doubles(self.carried)?, doubles(self.lower)?);
         let (columns, grids) = (
             self.columns.to_vec1::<u32>()?,
             Grids::new(self.problem, self.scales)?,
@@ -576,18 +572,18 @@ impl InplaceOp1 for Sweep<'_> {
         let state = matrix_mut(storage, layout)?;
         for lane in 0..lanes {
             for i in (0..self.rows).rev() {
-                let row = self.begin + i;
+                let (row, column) = (self.begin + i, columns[self.begin + i] as usize);
                 let later = (i + 1..self.rows)
-                    .map(|j| state[(self.begin + j) * lanes + lane] * lower[j * width + row]);
+                    .map(|j| state[(width + self.begin + j) * lanes + lane] * lower[j * self.rows + i]);
                 let fed = later.fold(carried[i * lanes + lane], |sum, e| sum + e);
-                let (w, pivot) = (target[row * lanes + lane], lower[i * width + row]);
-                let (scale, zero) = grids.at(columns[row] as usize, lane);
+                let (w, pivot) = (state[column * lanes + lane], lower[i * self.rows + i]);
+                let (scale, zero) = grids.at(column, lane);
                 let t = w + fed / pivot;
                 let wanted = (t / scale + zero).round_ties_even();
                 let code = wanted.clamp(0.0, self.problem.max_code());
                 let value = (code - zero) * scale;
-                state[row * lanes + lane] = w - value;
-                state[(width + row) * lanes + lane] = code;
+                state[column * lanes + lane] = code;
+                state[(width + row) * lanes + lane] = w - value;
                 state[2 * width * lanes + lane] += ((t - value) * pivot).powi(2);
                 state[(2 * width + 1) * lanes + lane] += f64::from(code != wanted);
             }
@@ -600,7 +596,6 @@ impl InplaceOp1 for Sweep<'_> {
         use launching::*;
         let args = [
             pointer(self.carried)?,
-            pointer(self.target)?,
             pointer(self.lower)?,
             pointer(self.scales)?,
             pointer(self.columns)?,

@@ -3,6 +3,7 @@
 //! sums and are made of them.
 
 use super::matrix::product;
+use super::panels::Panels;
 use super::row_stride;
 #[cfg(feature = "cuda")]
 use super::vector;
@@ -14,21 +15,17 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, bail};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Rows of a product that are made at a time: what is below the diagonal of a block of them is made in vain. Whole panels of an artifact, whose
-/// diagonal blocks are kept with both halves.
-pub(crate) const PANEL_ROWS: usize = 5 * panels::PANEL_ROWS;
 /// A batch's rounded products are below 2^51, so many of them fit into 64 bits.
 const MULTIPLICITY_MAX: i64 = 1 << 11;
 
-/// Sums of one site over some batches. Symmetric products are `[width, width]` of which the upper half counts, [`Product::Cross`] is whole,
-/// [`Product::Sum`] is `[1, width]`.
+/// Sums of one site over some batches, i64; products have the shapes of [`Product::shape`].
 #[derive(Debug)]
 pub struct Sums {
     exponents: Exponents,
     scales: Tensor,
     precision: DType,
     tokens: AtomicI64,
-    products: BTreeMap<Product, Tensor>,
+    products: BTreeMap<Product, Panels>,
     /// 1 more than a row that could not be summed, on a device; 0: none.
     bad: Tensor,
 }
@@ -44,10 +41,9 @@ impl Sums {
         precision: DType,
         device: &Device,
     ) -> Result<Self> {
-        let width = exponents.width();
         let zeros = |&product: &Product| {
-            let rows = if product == Product::Sum { 1 } else { width };
-            Ok((product, Tensor::zeros((rows, width), DType::I64, device)?))
+            let panels = Panels::zeros(exponents.width(), product.shape(), DType::I64, device)?;
+            Ok((product, panels))
         };
         Ok(Self {
             scales: Tensor::new(exponents.scales(), device)?,
@@ -73,12 +69,8 @@ impl Sums {
             let values = panel.sums.read();
             let rows = values.len() / columns;
             let values = Tensor::from_slice(&values, (rows, columns), device)?;
-            // In place: candle copies into parts of whole rows only.
-            let whole = match columns == sums.width() {
-                true => values,
-                false => values.pad_with_zeros(1, sums.width() - columns, 0)?,
-            };
-            sums.products[&panel.product].slice_set(&whole, 0, panel.first_row)?;
+            let into = sums.products[&panel.product].rows(&(panel.first_row..panel.first_row + rows))?;
+            into.slice_set(&values, 1, into.dim(1)? - columns)?;
         }
         Ok(sums)
     }
@@ -94,7 +86,7 @@ impl Sums {
     }
 
     /// The sums of a product, where it is summed.
-    pub fn product(&self, product: Product) -> Option<&Tensor> {
+    pub fn product(&self, product: Product) -> Option<&Panels> {
         self.products.get(&product)
     }
 
@@ -142,11 +134,10 @@ impl Sums {
         let Some(sums) = self.products.get(&kind) else {
             return Ok(());
         };
-        let width = self.width();
         let rounded = x.to_dtype(self.precision)?;
         if kind == Product::Sum {
             let x = rounded.to_dtype(DType::F32)?.contiguous()?;
-            return Ok(sums.inplace_op2(
+            return Ok(sums.values().inplace_op2(
                 &x,
                 &AddColumns {
                     sums: self,
@@ -158,21 +149,19 @@ impl Sums {
             Product::Cross => left.to_dtype(self.precision)?,
             _ => rounded.clone(),
         };
-        for first in (0..width).step_by(PANEL_ROWS) {
-            let rows = PANEL_ROWS.min(width - first);
-            let column = if kind == Product::Cross { 0 } else { first };
+        for rows in sums.panel_rows() {
+            let columns = sums.columns(&rows);
             let panel = product(
-                &left.narrow(1, first, rows)?.t()?,
-                &rounded.narrow(1, column, width - column)?,
+                &left.narrow(1, rows.start, rows.len())?.t()?,
+                &rounded.narrow(1, columns.start, columns.len())?,
             )?;
-            let into = sums.narrow(0, first, rows)?.narrow(1, column, width - column)?;
             let add = AddRounded {
                 sums: self,
-                first_row: first,
-                first_column: column,
+                first_row: rows.start,
+                first_column: columns.start,
                 count: multiplicity,
             };
-            into.inplace_op2(&panel, &add)?;
+            sums.panel(&rows)?.inplace_op2(&panel, &add)?;
         }
         Ok(())
     }
@@ -193,17 +182,16 @@ impl Sums {
     /// # Errors
     /// `room` has none left, or the device fails.
     pub fn to_statistics(&self, room: &Room) -> Result<SiteStatistics> {
-        let (products, width) = (self.products.keys().copied().collect::<Vec<_>>(), self.width());
+        let products: Vec<Product> = self.products.keys().copied().collect();
         SiteStatistics::from_panels(
             self.exponents.clone(),
             &products,
             self.tokens(),
             room,
             |product, first, values| {
-                let sums = &self.products[&product];
-                let rows = panels::PANEL_ROWS.min(sums.dim(0)? - first);
-                let columns = values.len() / rows;
-                let panel = sums.narrow(0, first, rows)?.narrow(1, width - columns, columns)?;
+                let (rows, columns) = &product.panels(self.width())[first / panels::PANEL_ROWS];
+                let from = self.products[&product].rows(rows)?;
+                let panel = from.narrow(1, from.dim(1)? - columns.len(), columns.len())?;
                 values.copy_from_slice(&super::values(&panel)?);
                 Ok(())
             },

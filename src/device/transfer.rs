@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor,
 use half::{bf16, f16};
 
 #[cfg(feature = "cuda")]
-use {super::cuda, super::pinned, candle_core::CudaStorage, std::sync::Arc};
+use {super::cuda, super::pinned, candle_core::CudaStorage, std::rc::Rc, std::sync::Arc};
 
 /// The values `bytes`, of `dtype`, on `device`. A CUDA device copies them while it computes what was asked of it before.
 ///
@@ -66,8 +66,13 @@ pub(super) fn download<T: WithDType + bytemuck::Pod>(tensor: &Tensor, mark: &Mar
     values(tensor)
 }
 
-/// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, in the order of what it is asked:
-/// nobody waits. On a CUDA device it is page-locked, and kept for the next.
+/// Parked tensors that are on their way to the host, and still on the device, at a time.
+pub(crate) const LEAVING: usize = 2;
+/// Parked tensors that come back before they are used: those of a batch, while the one before it is computed.
+pub(crate) const AHEAD: usize = 3;
+
+/// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, while it computes: nobody
+/// waits. On a CUDA device it is page-locked, and kept for the next.
 #[derive(Debug)]
 pub struct Parking {
     device: Device,
@@ -75,6 +80,8 @@ pub struct Parking {
     taken: usize,
     #[cfg(feature = "cuda")]
     free: Vec<pinned::HostBuffer>,
+    #[cfg(feature = "cuda")]
+    traffic: Option<Rc<pinned::Traffic>>,
 }
 
 /// A tensor in a [`Parking`].
@@ -105,6 +112,8 @@ impl Parking {
             taken: 0,
             #[cfg(feature = "cuda")]
             free: Vec::new(),
+            #[cfg(feature = "cuda")]
+            traffic: None,
         }
     }
 
@@ -121,12 +130,7 @@ impl Parking {
                 let Some(buffer) = self.buffer(&device, bytes)? else {
                     return Ok(None);
                 };
-                let tensor = tensor.contiguous()?;
-                let (storage, layout) = tensor.storage_and_layout();
-                let candle_core::Storage::Cuda(storage) = &*storage else {
-                    bail!("a tensor is not on the device");
-                };
-                buffer.fill(storage, layout)?;
+                buffer.fill(tensor.contiguous()?)?;
                 Ok(Some(Parked {
                     bytes,
                     shape: tensor.shape().clone(),
@@ -171,15 +175,19 @@ impl Parking {
         if self.taken + bytes > self.most {
             return Ok(None);
         }
+        let traffic = match &self.traffic {
+            Some(traffic) => traffic,
+            None => self.traffic.insert(Rc::new(pinned::Traffic::new(device)?)),
+        };
         self.taken += bytes;
-        pinned::HostBuffer::new(device, bytes).map(Some)
+        pinned::HostBuffer::new(traffic, bytes).map(Some)
     }
 
     /// Gives the room of `parked` back.
     pub fn leave(&mut self, parked: Parked) {
         match parked.place {
             Place::Cpu(_) => self.taken -= parked.bytes,
-            // What is asked of the device later may write over it.
+            // Who takes it next waits for what is still copied to it, or from it.
             #[cfg(feature = "cuda")]
             Place::Host(buffer) => self.free.push(buffer),
         }

@@ -2,14 +2,18 @@
 
 use super::{Fit, Graph, Load, Plan, PlannedLinear};
 use crate::device::Placement;
+use crate::device::attention::TILE_BYTES;
+use crate::device::panels::{PANEL_ROWS, elements};
 use crate::device::solver::rows_at_a_time;
-use crate::device::sums::PANEL_ROWS;
+use crate::device::transfer::{AHEAD, LEAVING};
 use crate::error::{Error, Result};
+use crate::model::SiteKind;
+use crate::numerics::panels::Shape;
 
 /// Context, cuBLAS and cuSOLVER workspaces, kernels.
 const BASE_BYTES: u64 = 768 << 20;
-/// Matrices `[width, rows]` that the solver has at a time: target, errors and codes, temporaries.
-const SOLVER_MATRICES: u64 = 5;
+/// Matrices `[width, rows]` that the solver has at a time: targets or codes, errors, and two of half the bytes for energies.
+const SOLVER_MATRICES: u64 = 3;
 /// Those of the refinement besides.
 const REFINE_MATRICES: u64 = 6;
 
@@ -64,22 +68,24 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
     let width = plan.width(step) as u64;
     let sites = plan.step_sites(step).len() as u64;
-    let square = width * width * 8;
-    let held = (weights(linears) + weights(before)) * (1 + matching);
+    let square = |width: usize| (width * width * 8) as u64;
+    let half = |width: usize| elements(width, Shape::Upper) as u64 * 8;
+    let originals = weights(linears) * (1 + matching);
+    let carriers = weights(before) * (1 + matching);
     let sums = match load.graph {
         Graph::DataFree => 0,
-        _ => sites * square * (1 + matching + held_out),
+        _ => sites * (half(plan.width(step)) * (1 + held_out) + square(plan.width(step)) * matching),
     };
-    let factors = match load.graph {
+    let factor = |width: usize| match load.graph {
         Graph::DataFree | Graph::Statistics { .. } => 0,
         _ => {
-            let kept = recipe.damp_percent.candidates().len() as u64 + refined;
-            sites * square * (kept + matching + held_out)
+            let kept = recipe.damp_percent.candidates().len() as u64;
+            half(width) * kept + square(width) * (refined + matching + held_out)
         }
     };
-    // Outputs of what carries a batch, with copies that are rotated, gated or rounded, the inputs, and a panel of products.
-    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
-    let batch = load.batch_tokens as u64 * (3 * outputs + 4 * width) * 4 + PANEL_ROWS as u64 * width * 4;
+    let factors = sites * factor(plan.width(step));
+    let waiting = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
+    let batch = batch_bytes(plan, load, step, before);
     // Those that are written, and those that wait to be; a byte a weight.
     let codes = |step: u64| weights(plan.step_linears(step)) / weight_bytes;
     let behind = match load.graph {
@@ -97,5 +103,31 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
             factors + matrices * rows.unwrap_or(0) as u64 * width * 8
         }
     };
-    held + behind + (batch + sums).max(sums + factors).max(solve)
+    originals + behind + waiting + (carriers + batch + sums).max(sums + factors).max(solve)
+}
+
+/// What a batch takes on its way to a step, through the linears `before`, in one stream; the other stream's input waits.
+fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) -> u64 {
+    let width = plan.width(step) as u64;
+    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
+    let inner = before
+        .iter()
+        .map(|linear| linear.columns as u64)
+        .max()
+        .unwrap_or(width);
+    let (_, site) = plan.step(step);
+    // Outputs and what is made of them: what a gate and an up give is multiplied in place; where they are one linear they are taken apart; queries,
+    // keys and values are rotated, and rounded.
+    let (copies, tile) = match (site, before) {
+        (SiteKind::Down, [_, _]) => (1, 0),
+        (SiteKind::Down, [_]) => (2, 0),
+        _ => (3, TILE_BYTES),
+    };
+    // The residual, its norm and the norm in 16 bits; the site's input in as many, of each stream.
+    let inputs = 3 * inner + width;
+    // Residuals and inputs of 16 bits on their way to the host and back, where not all of them have room here.
+    let parked = (LEAVING + AHEAD) as u64 * (4 * width.min(inner)).max(2 * width.max(inner));
+    load.batch_tokens as u64 * ((copies * outputs + inputs) * 4 + parked)
+        + PANEL_ROWS as u64 * width * 4
+        + tile
 }

@@ -47,37 +47,43 @@ proptest! {
         prop_assert_eq!(bad, [0]);
     }
 
+    /// In panels of every height, the last of them lower than the others.
     #[test]
-    fn matrices_are_those_of_the_sums(width in 1usize..70, seed in 0u64..1000) {
+    fn matrices_are_those_of_the_sums(width in 1usize..70, panel in 1usize..80, seed in 0u64..1000) {
         let mut random = random(seed);
         let mut integers = || -> Vec<i64> { (0..width * width).map(|_| (random() * 1e6) as i64).collect() };
-        let (sums, cross) = (integers(), integers());
+        let (square, cross) = (integers(), integers());
+        // Which elements panels have, row by row from the column of their first row on.
+        let stored: Vec<(usize, usize)> = (0..width)
+            .flat_map(|row| (row - row % panel..width).map(move |column| (row, column)))
+            .collect();
+        let sums: Vec<i64> = stored.iter().map(|&(row, column)| square[row * width + column]).collect();
         let inverse: Vec<f64> = (0..width).map(|i| f64::from(-(i as i32 % 7)).exp2()).collect();
         let order: Vec<u32> = (0..width).map(|i| ((i * 7 + 3) % width) as u32).collect();
         let diagonal: Vec<f64> = (0..width).map(|i| i as f64 + 0.5).collect();
-        let symmetric = |a: usize, b: usize| sums[a.min(b) * width + a.max(b)] as f64 * inverse[a] * inverse[b];
-        let mut out = vec![-1.0; width * width];
-        let mut fill = |diagonal: Arg, whole: u32| {
-            let args = [to(&mut out), of(&sums), of(&inverse), of(&order), diagonal, number(width), Arg::U32(whole)];
-            run("hessian", (width, width), 32, &args);
-            out.clone()
-        };
-        let lower = fill(of(&diagonal), 0);
-        let whole = fill(Arg::Pointer(std::ptr::null_mut()), 1);
+        let symmetric = |a: usize, b: usize| square[a.min(b) * width + a.max(b)] as f64 * inverse[a] * inverse[b];
+        let sides = [number(width), number(panel)];
+
+        let mut out = vec![-1.0; sums.len()];
+        let args = [to(&mut out), of(&sums), of(&inverse), of(&order), of(&diagonal)];
+        run("damped", (width, width), 32, &[&args[..], &sides].concat());
+        for (value, &(row, column)) in out.iter().zip(&stored) {
+            let (a, b) = (order[row] as usize, order[column] as usize);
+            prop_assert_eq!(*value, match row.cmp(&column) {
+                std::cmp::Ordering::Less => symmetric(a, b),
+                std::cmp::Ordering::Equal => diagonal[a],
+                std::cmp::Ordering::Greater => -1.0,
+            });
+        }
+
+        let (mut whole, mut shift) = (vec![-1.0; width * width], vec![-1.0; width * width]);
+        run("whole", (width, width), 32, &[&[to(&mut whole), of(&sums), of(&inverse)][..], &sides].concat());
+        let args = [to(&mut shift), of(&cross), of(&sums), of(&inverse)];
+        run("shift", (width, width), 32, &[&args[..], &sides].concat());
         for i in 0..width * width {
             let (row, column) = (i / width, i % width);
-            let (a, b) = (order[row] as usize, order[column] as usize);
-            let below = match row.cmp(&column) {
-                std::cmp::Ordering::Less => -1.0,
-                std::cmp::Ordering::Equal => diagonal[a],
-                std::cmp::Ordering::Greater => symmetric(a, b),
-            };
-            prop_assert_eq!((lower[i], whole[i]), (below, symmetric(a, b)));
-        }
-        run("shift", (width, width), 32, &[to(&mut out), of(&cross), of(&sums), of(&inverse), number(width)]);
-        for (i, value) in out.iter().enumerate() {
-            let (row, column) = (i / width, i % width);
-            prop_assert_eq!(*value, cross[i] as f64 * inverse[row] * inverse[column] - symmetric(row, column));
+            prop_assert_eq!(whole[i], symmetric(row, column));
+            prop_assert_eq!(shift[i], cross[i] as f64 * inverse[row] * inverse[column] - symmetric(row, column));
         }
         let lanes = 3;
         let values: Vec<f64> = (0..width * lanes).map(|i| i as f64).collect();

@@ -1,9 +1,16 @@
 // From sums to matrices in f64: see factor.rs.
 #include "kernel.h"
 
-HELPER double symmetric(const long long *sums, const double *inverse, unsigned width, unsigned a, unsigned b) {
+// Where an element of the upper half of a matrix is that lies in panels of `panel` rows, each from its first row's diagonal on: see panels.rs.
+HELPER size_t upper(unsigned row, unsigned column, size_t width, size_t panel) {
+  size_t p = row / (unsigned)panel, first = p * panel;
+  return first * width - panel * panel * (p * (p - 1) / 2) + at(row - first, width - first, column - first);
+}
+
+// H[a, b] of a symmetric H, of which `sums` has the upper half.
+HELPER double symmetric(const long long *sums, const double *inverse, unsigned width, unsigned panel, unsigned a, unsigned b) {
   unsigned row = a < b ? a : b, column = a < b ? b : a;
-  return (double)sums[at(row, width, column)] * inverse[row] * inverse[column];
+  return (double)sums[upper(row, column, width, panel)] * inverse[row] * inverse[column];
 }
 
 // Rows of a matrix: out[r, lane] = values[indices[r], lane], `count` values in all.
@@ -12,20 +19,26 @@ KERNEL select_rows(double *out, const double *values, const unsigned *indices, u
   if (i < count) out[i] = values[at(indices[i / lanes], lanes, i % lanes)];
 }
 
-// out[i, j] = H[order[i], order[j]] of a symmetric H, of which `sums` has the upper half: all of it, or the lower half with another
-// diagonal, which is by original column.
-KERNEL hessian(double *out, const long long *sums, const double *inverse, const unsigned *order, const double *diagonal,
-               unsigned width, unsigned whole) {
+// The upper half of H[order[i], order[j]] with another diagonal, which is by original column, in panels.
+KERNEL damped(double *out, const long long *sums, const double *inverse, const unsigned *order, const double *diagonal,
+              unsigned width, unsigned panel) {
   unsigned column = thread_x(), row = blockIdx.y;
-  if (column >= width || (!whole && column > row)) return;
+  if (column >= width || column < row) return;
   unsigned a = order[row], b = order[column];
-  out[at(row, width, column)] = row == column && !whole ? diagonal[a] : symmetric(sums, inverse, width, a, b);
+  out[upper(row, column, width, panel)] = row == column ? diagonal[a] : symmetric(sums, inverse, width, panel, a, b);
 }
 
-// out = M - H, M in `cross` whole, H in `sums` by its upper half.
-KERNEL shift(double *out, const long long *cross, const long long *sums, const double *inverse, unsigned width) {
+// out = H, whole.
+KERNEL whole(double *out, const long long *sums, const double *inverse, unsigned width, unsigned panel) {
+  unsigned column = thread_x(), row = blockIdx.y;
+  if (column >= width) return;
+  out[at(row, width, column)] = symmetric(sums, inverse, width, panel, row, column);
+}
+
+// out = M - H, whole; M in `cross`, whole.
+KERNEL shift(double *out, const long long *cross, const long long *sums, const double *inverse, unsigned width, unsigned panel) {
   unsigned column = thread_x(), row = blockIdx.y;
   if (column >= width) return;
   double m = (double)cross[at(row, width, column)] * inverse[row] * inverse[column];
-  out[at(row, width, column)] = m - symmetric(sums, inverse, width, row, column);
+  out[at(row, width, column)] = m - symmetric(sums, inverse, width, panel, row, column);
 }

@@ -72,12 +72,13 @@ KERNEL round_plainly(double *state, const double *weights, const double *scales,
 }
 
 // The rows begin.. of L, at most BLOCK, from the last to the first: rounds their columns and feeds each error to the later ones. `carried`,
-// [rows, lanes], has what the columns before the block feed to it. state is [2 * width + 2, lanes] by row of L: errors, codes, then each lane's
-// squared error and clipped codes so far. `columns` has the original column of each row. Of each PART of the rows what they read is there
-// before the first is rounded, and what is fed to them is in registers: else a thread waits for memory once a row.
-KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRICT target, const double *RESTRICT lower,
-             const double *RESTRICT scales, const unsigned *RESTRICT columns, unsigned begin, unsigned rows, unsigned width,
-             unsigned lanes, unsigned group, double max_code) {
+// [rows, lanes], has what the columns before the block feed to it; `lower` is the block of L, [rows, rows]. state is [2 * width + 2, lanes]: by
+// original column targets, in whose place codes come, then errors by row of L, then each lane's squared error and clipped codes so far.
+// `columns` has the original column of each row. Of each PART of the rows what they read is there before the first is rounded, and what is
+// fed to them is in registers: else a thread waits for memory once a row.
+KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRICT lower, const double *RESTRICT scales,
+             const unsigned *RESTRICT columns, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
+             double max_code) {
   __shared__ double errors[BLOCK * THREADS];
   unsigned lane = thread_x(), groups = width / group;
   if (lane >= lanes) return;
@@ -89,29 +90,28 @@ KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRI
     double fed[PART], weight[PART], scale[PART], zero[PART];
     UNROLL for (unsigned k = 0; k < PART; k++) {
       if (k >= count) continue;
-      size_t row = begin + first + k;
-      unsigned g = columns[row] / group;
+      unsigned column = columns[begin + first + k], g = column / group;
       fed[k] = carried[at(first + k, lanes, lane)];
-      weight[k] = target[at(row, lanes, lane)];
+      weight[k] = state[at(column, lanes, lane)];
       scale[k] = scales[at(g, lanes, lane)];
       zero[k] = scales[at((size_t)groups + g, lanes, lane)];
     }
     // Only the last part has fewer rows than PART, and nothing is behind it.
     for (unsigned j = first + PART; j < rows; j++) {
-      const double *l = lower + at(begin + j, width, begin + first);
+      const double *l = lower + at(j, rows, first);
       double error = mine[j * THREADS];
       UNROLL for (unsigned k = 0; k < PART; k++) fed[k] += error * l[k];
     }
     UNROLL for (unsigned i = PART; i-- > 0;) {
       if (i >= count) continue;
-      size_t row = begin + first + i;
-      const double *l = lower + at(row, width, begin + first);
+      unsigned row = first + i;
+      const double *l = lower + at(row, rows, first);
       double pivot = l[i], t = weight[i] + fed[i] / pivot;
       double wanted = rint(t / scale[i] + zero[i]), code = clamp_code(wanted, max_code);
       double value = (code - zero[i]) * scale[i], residual = (t - value) * pivot, error = weight[i] - value;
-      mine[(first + i) * THREADS] = error;
-      state[at(row, lanes, lane)] = error;
-      state[at((size_t)width + row, lanes, lane)] = code;
+      mine[row * THREADS] = error;
+      state[at((size_t)width + begin + row, lanes, lane)] = error;
+      state[at(columns[begin + row], lanes, lane)] = code;
       squares += residual * residual;
       clipped += code != wanted;
       UNROLL for (unsigned k = 0; k < PART; k++) {
