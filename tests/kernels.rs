@@ -1,5 +1,5 @@
-//! The CUDA kernels, as they are, built by the C compiler and run on the CPU: each against its definition. What cannot be tested so is what
-//! only a device has: launches, and the products and factorizations of NVIDIA's libraries.
+//! The CUDA kernels, as they are, built by the C compiler and run on the CPU: each against its definition. Launches, and calls of NVIDIA's
+//! libraries, are what tests/cuda/run tests, which needs a build with the feature.
 
 mod forward;
 mod solver;

@@ -34,7 +34,7 @@ macro_rules! module {
 }
 module!(FORWARD, "forward");
 module!(SUMS, "sums");
-module!(FACTOR, "factor");
+module!(MATRICES, "matrices");
 module!(SOLVER, "solver");
 
 /// An argument of a kernel.

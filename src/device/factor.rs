@@ -1,19 +1,18 @@
 //! A site's damped Hessian and its factor where the sums are: as [`crate::numerics::factor`], with U = Lᵀ in the place of L, whose panels are
 //! the same as those of the sums.
 
-use super::matrix::{product, select_rows, subtract_product};
+use super::hessian::Symmetric;
+use super::matrix::{matrix_mut, product, select_rows, subtract_product};
 use super::panels::{PANEL_ROWS, Panels};
 use super::sums::Sums;
-use super::{doubles, row_stride, values, vector};
+use super::{doubles, row_stride, vector};
 use crate::error::{Error, Result};
 use crate::numerics::factor::{ColumnOrder, Damped, damped, factor_block};
-use crate::numerics::panels::Shape;
 use crate::statistics::Product;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, bail};
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{MatMut, MatRef, Par};
 use std::cell::Cell;
-use std::cmp::Ordering;
 use std::ops::Range;
 
 /// As [`crate::numerics::factor::Factor`]. Matrices are f64.
@@ -47,24 +46,12 @@ impl Factor {
         let sum = sums
             .product(Product::Gram)
             .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
-        let inverse = sums.inverse_scales()?;
-        let diagonal = sum.values().index_select(&sum.diagonal()?, 0)?;
-        let energies = values::<i64>(&diagonal)?.into_iter().zip(doubles(&inverse)?);
-        let energies: Vec<f64> = energies
-            .map(|(sum, inverse)| sum as f64 * inverse * inverse)
-            .collect();
-        let gram = with_gram.then(|| whole(sum, &inverse)).transpose()?;
-        let shift = sums
-            .product(Product::Cross)
-            .map(|cross| {
-                let fill = FillShift {
-                    cross,
-                    sums: sum,
-                    inverse: &inverse,
-                };
-                square(sum, &fill)
-            })
-            .transpose()?;
+        let hessian = Symmetric::new(sum, sums.inverse_scales()?);
+        let like = sum.values();
+        let energies = hessian.diagonal()?;
+        let gram = with_gram.then(|| hessian.whole()).transpose()?;
+        let cross = sums.product(Product::Cross);
+        let shift = cross.map(|cross| hessian.subtracted_from(cross)).transpose()?;
         let factors = damp_percents.into_iter().map(|damp_percent| {
             let damped = damped(
                 site,
@@ -72,13 +59,8 @@ impl Factor {
                 damp_percent,
                 column_order,
                 |reversed, diagonal| {
-                    let upper = Panels::zeros(sum.width(), Some(Shape::Upper), DType::F64, inverse.device())?;
-                    upper.values().inplace_op1(&FillDamped {
-                        sums: sum,
-                        inverse: &inverse,
-                        order: vector(&indices(reversed.iter()), &inverse)?,
-                        diagonal: vector(diagonal, &inverse)?,
-                    })?;
+                    let order = vector(&indices(reversed.iter()), like)?;
+                    let upper = hessian.ordered(order, vector(diagonal, like)?)?;
                     Ok(cholesky(&upper)?.map(|()| upper))
                 },
             )?;
@@ -89,8 +71,8 @@ impl Factor {
                 .zip(0..)
                 .for_each(|(&column, row)| rows[column as usize] = row);
             Ok(Self {
-                columns: vector(&columns, &inverse)?,
-                rows: vector(&rows, &inverse)?,
+                columns: vector(&columns, like)?,
+                rows: vector(&rows, like)?,
                 gram: gram.clone(),
                 shift: shift.clone(),
                 damped,
@@ -160,21 +142,8 @@ impl Factor {
 pub fn held_out(sums: &Sums) -> Result<Option<Tensor>> {
     let held_out = sums.product(Product::HeldOut);
     held_out
-        .map(|sum| whole(sum, &sums.inverse_scales()?))
+        .map(|sum| Symmetric::new(sum, sums.inverse_scales()?).whole())
         .transpose()
-}
-
-/// A symmetric product in f64, `[width, width]` in original order.
-fn whole(sums: &Panels, inverse: &Tensor) -> Result<Tensor> {
-    square(sums, &FillWhole { sums, inverse })
-}
-
-/// `[width, width]` f64, as `fill` fills it.
-fn square(sums: &Panels, fill: &impl InplaceOp1) -> Result<Tensor> {
-    let width = sums.width();
-    let out = Tensor::zeros((width, width), DType::F64, sums.values().device())?;
-    out.inplace_op1(fill)?;
-    Ok(out)
 }
 
 /// As a kernel takes them.
@@ -223,164 +192,6 @@ fn cholesky(matrix: &Panels) -> Result<Result<(), usize>> {
 /// The square on the diagonal of an upper panel, turned: a copy.
 fn lower_block(panel: &Tensor) -> Result<Tensor> {
     Ok(panel.narrow(1, 0, panel.dim(0)?)?.t()?.force_contiguous()?)
-}
-
-/// The upper half of H in the order `order`, with another diagonal, which is by original column, in the values of panels of zeros.
-struct FillDamped<'a> {
-    sums: &'a Panels,
-    inverse: &'a Tensor,
-    order: Tensor,
-    diagonal: Tensor,
-}
-
-impl InplaceOp1 for FillDamped<'_> {
-    fn name(&self) -> &'static str {
-        "fill_damped"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let sums = Symmetric::new(self.sums, self.inverse)?;
-        let (order, diagonal) = (self.order.to_vec1::<u32>()?, doubles(&self.diagonal)?);
-        let (CpuStorage::F64(out), Some((mut at, _))) = (storage, layout.contiguous_offsets()) else {
-            bail!("fill_damped fills f64 panels");
-        };
-        for rows in self.sums.panel_rows() {
-            for row in rows.clone() {
-                for column in self.sums.columns(&rows) {
-                    let (a, b) = (order[row] as usize, order[column] as usize);
-                    match row.cmp(&column) {
-                        Ordering::Less => out[at] = sums.at(a, b),
-                        Ordering::Equal => out[at] = diagonal[a],
-                        Ordering::Greater => {}
-                    }
-                    at += 1;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
-        let width = self.sums.width();
-        let args = [
-            pointer_at(storage, layout)?,
-            pointer(self.sums.values())?,
-            pointer(self.inverse)?,
-            pointer(&self.order)?,
-            pointer(&self.diagonal)?,
-            u32_arg(width)?,
-            u32_arg(PANEL_ROWS)?,
-        ];
-        let threads = Threads::over(width, width);
-        launch(&storage.device, FACTOR, "damped", threads, &args)
-    }
-}
-
-/// All of H in original order.
-struct FillWhole<'a> {
-    sums: &'a Panels,
-    inverse: &'a Tensor,
-}
-
-impl InplaceOp1 for FillWhole<'_> {
-    fn name(&self) -> &'static str {
-        "fill_whole"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (width, sums) = (self.sums.width(), Symmetric::new(self.sums, self.inverse)?);
-        for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
-            *out = sums.at(i / width, i % width);
-        }
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
-        let width = self.sums.width();
-        let args = [
-            pointer_at(storage, layout)?,
-            pointer(self.sums.values())?,
-            pointer(self.inverse)?,
-            u32_arg(width)?,
-            u32_arg(PANEL_ROWS)?,
-        ];
-        let threads = Threads::over(width, width);
-        launch(&storage.device, FACTOR, "whole", threads, &args)
-    }
-}
-
-/// `M − H` in original order.
-struct FillShift<'a> {
-    cross: &'a Panels,
-    sums: &'a Panels,
-    inverse: &'a Tensor,
-}
-
-impl InplaceOp1 for FillShift<'_> {
-    fn name(&self) -> &'static str {
-        "fill_shift"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (width, sums) = (self.sums.width(), Symmetric::new(self.sums, self.inverse)?);
-        let cross = values::<i64>(self.cross.values())?;
-        for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
-            let (row, column) = (i / width, i % width);
-            *out = sums.scaled(cross[i], row, column) - sums.at(row, column);
-        }
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        use super::cuda::{FACTOR, Threads, launch, pointer, pointer_at, u32_arg};
-        let width = self.sums.width();
-        let args = [
-            pointer_at(storage, layout)?,
-            pointer(self.cross.values())?,
-            pointer(self.sums.values())?,
-            pointer(self.inverse)?,
-            u32_arg(width)?,
-            u32_arg(PANEL_ROWS)?,
-        ];
-        let threads = Threads::over(width, width);
-        launch(&storage.device, FACTOR, "shift", threads, &args)
-    }
-}
-
-/// H in original order, on the CPU.
-struct Symmetric {
-    inverse: Vec<f64>,
-    /// The sums from the diagonal on, row after row.
-    rows: Vec<Vec<i64>>,
-}
-
-impl Symmetric {
-    fn new(sums: &Panels, inverse: &Tensor) -> candle_core::Result<Self> {
-        let mut rows = Vec::with_capacity(sums.width());
-        for panel in sums.panel_rows() {
-            let values = values::<i64>(&sums.panel(&panel).map_err(candle_core::Error::wrap)?)?;
-            let from_first = values.chunks_exact(sums.width() - panel.start).enumerate();
-            rows.extend(from_first.map(|(row, values)| values[row..].to_vec()));
-        }
-        Ok(Self {
-            inverse: doubles(inverse)?,
-            rows,
-        })
-    }
-
-    fn at(&self, a: usize, b: usize) -> f64 {
-        let (row, column) = (a.min(b), a.max(b));
-        self.scaled(self.rows[row][column - row], row, column)
-    }
-
-    fn scaled(&self, sum: i64, row: usize, column: usize) -> f64 {
-        sum as f64 * self.inverse[row] * self.inverse[column]
-    }
 }
 
 /// In place: the lower Cholesky factor of a matrix that is given by its lower half, or the row of the pivot that is not positive.
@@ -438,20 +249,5 @@ impl InplaceOp1 for TriangularSolve<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
         super::cuda::triangular_solve((storage, layout), self.lower, self.transposed)
-    }
-}
-
-/// The values of an f64 matrix on the CPU, to be written.
-pub(super) fn matrix_mut<'a>(
-    storage: &'a mut CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<&'a mut [f64]> {
-    let stride = row_stride(layout)?;
-    let (rows, columns) = layout.shape().dims2()?;
-    match storage {
-        CpuStorage::F64(values) if stride == columns => {
-            Ok(&mut values[layout.start_offset()..][..rows * columns])
-        }
-        _ => bail!("this operation needs a contiguous f64 matrix"),
     }
 }

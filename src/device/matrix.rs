@@ -1,5 +1,6 @@
 //! Matrices within tensors, and their product: f64 in f64, everything else summed in f32, 16-bit values without rounding their products.
 
+use super::row_stride;
 use crate::numerics::gemm::{Real, View, ViewMut, product as multiply};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -253,7 +254,7 @@ impl CustomOp1 for SelectRows<'_> {
         storage: &candle_core::CudaStorage,
         layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use super::cuda::{Arg, FACTOR, Threads, launch, pointer, pointer_at, u32_arg, wrapped};
+        use super::cuda::{Arg, MATRICES, Threads, launch, pointer, pointer_at, u32_arg, wrapped};
         let ((_, lanes), rows) = (layout.shape().dims2()?, self.0.elem_count());
         let count = rows * lanes;
         let out = wrapped::<f64>(&storage.device, count)?;
@@ -266,12 +267,24 @@ impl CustomOp1 for SelectRows<'_> {
         ];
         launch(
             &storage.device,
-            FACTOR,
+            MATRICES,
             "select_rows",
             Threads::over(count, 1),
             &args,
         )?;
         Ok((out, (rows, lanes).into()))
+    }
+}
+
+/// The values of an f64 matrix on the CPU, to be written.
+pub(super) fn matrix_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f64]> {
+    let stride = row_stride(layout)?;
+    let (rows, columns) = layout.shape().dims2()?;
+    match storage {
+        CpuStorage::F64(values) if stride == columns => {
+            Ok(&mut values[layout.start_offset()..][..rows * columns])
+        }
+        _ => bail!("this operation needs a contiguous f64 matrix"),
     }
 }
 

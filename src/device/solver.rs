@@ -2,8 +2,8 @@
 //! `[columns of the weight, lanes]` f64, a weight row a lane, and a kernel's thread has one lane; what is not done lane by lane is a
 //! product. All is left-looking: before a block of columns one product brings what the columns before it feed to it.
 
-use super::factor::{Factor, matrix_mut};
-use super::matrix::product;
+use super::factor::Factor;
+use super::matrix::{matrix_mut, product};
 use super::panels::PANEL_ROWS;
 use super::transfer::{Codes, Mark, download};
 use super::{doubles, vector};

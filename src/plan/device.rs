@@ -14,8 +14,10 @@ use crate::numerics::panels::Shape;
 const BASE_BYTES: u64 = 768 << 20;
 /// Matrices `[width, rows]` that the solver has at a time: targets or codes, errors, and two of half the bytes for energies.
 const SOLVER_MATRICES: u64 = 3;
-/// Those of the refinement besides.
-const REFINE_MATRICES: u64 = 6;
+/// Those of the refinement besides: the targets, two gradients, errors and temporaries, the codes of the round before.
+const REFINE_MATRICES: u64 = 7;
+/// Those that make the targets where the original is matched, which go before the refinement begins.
+const MATCH_MATRICES: u64 = 4;
 
 impl Plan {
     /// Fits what is on the device into `memory` bytes there, or else into what it has free; activations have what the largest step leaves.
@@ -99,7 +101,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
                 .iter()
                 .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
                 .max();
-            let matrices = SOLVER_MATRICES + refined * REFINE_MATRICES + matching;
+            let matrices = SOLVER_MATRICES + (refined * REFINE_MATRICES).max(matching * MATCH_MATRICES);
             factors + matrices * rows.unwrap_or(0) as u64 * width * 8
         }
     };

@@ -66,7 +66,7 @@ proptest! {
 
         let mut out = vec![-1.0; sums.len()];
         let args = [to(&mut out), of(&sums), of(&inverse), of(&order), of(&diagonal)];
-        run("damped", (width, width), 32, &[&args[..], &sides].concat());
+        run("ordered", (width, width), 32, &[&args[..], &sides].concat());
         for (value, &(row, column)) in out.iter().zip(&stored) {
             let (a, b) = (order[row] as usize, order[column] as usize);
             prop_assert_eq!(*value, match row.cmp(&column) {
@@ -78,7 +78,7 @@ proptest! {
 
         let (mut whole, mut shift) = (vec![-1.0; width * width], vec![-1.0; width * width]);
         run("whole", (width, width), 32, &[&[to(&mut whole), of(&sums), of(&inverse)][..], &sides].concat());
-        let args = [to(&mut shift), of(&cross), of(&sums), of(&inverse)];
+        let args = [to(&mut shift), of(&sums), of(&inverse), of(&cross)];
         run("shift", (width, width), 32, &[&args[..], &sides].concat());
         for i in 0..width * width {
             let (row, column) = (i / width, i % width);

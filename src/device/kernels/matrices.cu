@@ -1,4 +1,4 @@
-// From sums to matrices in f64: see factor.rs.
+// Matrices in f64, and what they are made of: see hessian.rs and matrix.rs.
 #include "kernel.h"
 
 // Where an element of the upper half of a matrix is that lies in panels of `panel` rows, each from its first row's diagonal on: see panels.rs.
@@ -20,8 +20,8 @@ KERNEL select_rows(double *out, const double *values, const unsigned *indices, u
 }
 
 // The upper half of H[order[i], order[j]] with another diagonal, which is by original column, in panels.
-KERNEL damped(double *out, const long long *sums, const double *inverse, const unsigned *order, const double *diagonal,
-              unsigned width, unsigned panel) {
+KERNEL ordered(double *out, const long long *sums, const double *inverse, const unsigned *order, const double *diagonal,
+               unsigned width, unsigned panel) {
   unsigned column = thread_x(), row = blockIdx.y;
   if (column >= width || column < row) return;
   unsigned a = order[row], b = order[column];
@@ -36,7 +36,7 @@ KERNEL whole(double *out, const long long *sums, const double *inverse, unsigned
 }
 
 // out = M - H, whole; M in `cross`, whole.
-KERNEL shift(double *out, const long long *cross, const long long *sums, const double *inverse, unsigned width, unsigned panel) {
+KERNEL shift(double *out, const long long *sums, const double *inverse, const long long *cross, unsigned width, unsigned panel) {
   unsigned column = thread_x(), row = blockIdx.y;
   if (column >= width) return;
   double m = (double)cross[at(row, width, column)] * inverse[row] * inverse[column];
