@@ -88,7 +88,7 @@ impl Factor {
 
     /// `R_ii²` by original column, f64.
     pub fn importance(&self) -> Result<Tensor> {
-        let upper = &self.damped.lower;
+        let upper = &self.damped.triangle;
         let pivots = select_rows(&upper.values().reshape(((), 1))?, &upper.diagonal()?)?;
         Ok(select_rows(&pivots.sqr()?, &self.rows)?.squeeze(1)?)
     }
@@ -105,7 +105,7 @@ impl Factor {
 
     /// In place: `H_d⁻¹ values`, for `[width, lanes]` in the order of U's rows.
     fn solve(&self, values: &Tensor) -> Result<()> {
-        let upper = &self.damped.lower;
+        let upper = &self.damped.triangle;
         let part = |rows: &Range<usize>| values.narrow(0, rows.start, rows.len());
         let solved = |rows: &Range<usize>, right: Tensor, transposed: bool| -> Result<()> {
             let lower = &lower_block(&upper.panel(rows)?)?;

@@ -225,7 +225,7 @@ impl<'a> Problem<'a> {
     fn sweep(self, state: &Tensor, factor: &Factor, scales: &Tensor) -> Result<()> {
         let width = self.width;
         for begin in (0..width).step_by(BLOCK).rev() {
-            let (end, upper) = (width.min(begin + BLOCK), &factor.damped.lower);
+            let (end, upper) = (width.min(begin + BLOCK), &factor.damped.triangle);
             // The rows of U are columns of L, from the first row of their panel on.
             let strip = upper.rows(&(begin..end))?;
             let from = |row: usize, count| strip.narrow(1, strip.dim(1)? - (width - row), count);
@@ -250,7 +250,7 @@ impl<'a> Problem<'a> {
     fn energies(self, target: &Tensor, factor: &Factor) -> Result<Tensor> {
         let target = target.to_dtype(DType::F32)?.index_select(&factor.columns, 0)?;
         let mut energies = Tensor::zeros(self.lanes, DType::F32, self.like.device())?;
-        let upper = &factor.damped.lower;
+        let upper = &factor.damped.triangle;
         for rows in upper.panel_rows() {
             let panel = upper.panel(&rows)?.to_dtype(DType::F32)?;
             let outputs = product(&panel, &target.narrow(0, rows.start, panel.dim(1)?)?)?;

@@ -93,8 +93,8 @@ pub struct Factoring<'a> {
 pub(crate) struct Damped<L> {
     /// As [`Factor::order`].
     pub(crate) order: Vec<usize>,
-    /// As [`Factor::lower`].
-    pub(crate) lower: L,
+    /// As [`Factor::lower`], or its transpose.
+    pub(crate) triangle: L,
     /// As [`Factor::damping`].
     pub(crate) damping: Vec<f64>,
     /// As [`Factor::damp_percent`].
@@ -106,7 +106,7 @@ pub(crate) struct Damped<L> {
 }
 
 /// Chooses order and damping by the diagonal of XᵀX, `energies`, and factors with more damping until it goes. `factor` is given the order from
-/// the last column to the first and the damped diagonal, in original order; it returns L, or the row of the pivot that is not positive.
+/// the last column to the first and the damped diagonal, in original order; it returns L, or its transpose, or the row of the pivot that is not positive.
 ///
 /// # Errors
 /// See [`Factor::new`]; those of `factor`.
@@ -141,10 +141,10 @@ pub(crate) fn damped<L>(
             .map(|&energy| alive(energy) + damp_percent * mean)
             .collect();
         match factor(&reversed, &diagonal)? {
-            Ok(lower) => {
+            Ok(triangle) => {
                 return Ok(Damped {
                     order,
-                    lower,
+                    triangle,
                     damping: diagonal.iter().zip(energies).map(|(d, e)| d - e).collect(),
                     damp_percent,
                     retries,
@@ -189,7 +189,7 @@ impl Factor {
         Ok(Self {
             damping: damped.damping,
             order: damped.order,
-            lower: damped.lower,
+            lower: damped.triangle,
             gram: None,
             shift,
             damp_percent: damped.damp_percent,
