@@ -278,8 +278,8 @@ impl Artifact {
             self.header.origin.products(),
             tokens,
             room,
-            |product, first_row, sums| {
-                let name = panel_name(site, product, first_row);
+            |product, rows, sums| {
+                let name = panel_name(site, product, rows.start);
                 let (bytes, sums) = (bytes(&name, Dtype::I64)?, bytemuck::cast_slice_mut(sums));
                 if bytes.len() != sums.len() {
                     return Err(damaged(&path, &format!("{name} has another length")));

@@ -192,31 +192,30 @@ pub(crate) fn product(
     rhs: (&CudaStorage, &Layout),
     operands: Operands,
 ) -> Result<CudaStorage> {
-    let device = &lhs.0.device;
-    let count = operands.batch * operands.rows() * operands.columns();
-    let places = |out: &CudaStorage| -> Result<[u64; 3]> {
-        let out = start(out, &Layout::contiguous(count))?;
-        Ok([out, start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?])
-    };
-    let input = match lhs.0.dtype() {
-        DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
-        DType::F16 => blas::cudaDataType::CUDA_R_16F,
-        DType::F32 => blas::cudaDataType::CUDA_R_32F,
-        DType::F64 => {
-            let out = wrapped::<f64>(device, count)?;
-            gemm(
-                device,
-                places(&out)?,
-                operands,
-                blas::cudaDataType::CUDA_R_64F,
-                [1f64, 0.0],
-            )?;
-            return Ok(out);
-        }
+    match lhs.0.dtype() {
+        DType::BF16 => multiplied::<f32>(lhs, rhs, operands, blas::cudaDataType::CUDA_R_16BF),
+        DType::F16 => multiplied::<f32>(lhs, rhs, operands, blas::cudaDataType::CUDA_R_16F),
+        DType::F32 => multiplied::<f32>(lhs, rhs, operands, f32::KIND),
+        DType::F64 => multiplied::<f64>(lhs, rhs, operands, f64::KIND),
         other => bail!("no product of {other:?}"),
-    };
-    let out = wrapped::<f32>(device, count)?;
-    gemm(device, places(&out)?, operands, input, [1f32, 0.0])?;
+    }
+}
+
+/// [`product`] of matrices of the type `input`, in new memory.
+fn multiplied<T: Summed>(
+    lhs: (&CudaStorage, &Layout),
+    rhs: (&CudaStorage, &Layout),
+    operands: Operands,
+    input: blas::cudaDataType,
+) -> Result<CudaStorage> {
+    let count = operands.batch * operands.rows() * operands.columns();
+    let out = wrapped::<T>(&lhs.0.device, count)?;
+    let places = [
+        start(&out, &Layout::contiguous(count))?,
+        start(lhs.0, lhs.1)?,
+        start(rhs.0, rhs.1)?,
+    ];
+    gemm(&lhs.0.device, places, operands, input, [T::ONE, T::ZERO])?;
     Ok(out)
 }
 
@@ -226,22 +225,27 @@ pub(crate) fn subtract_product(storage: &CudaStorage, layout: &Layout, operands:
     let base = start(storage, &Layout::contiguous(0))?;
     let at = |matrix: Matrix| base + (matrix.offset * size_of::<f64>()) as u64;
     let places = [out, at(operands.lhs), at(operands.rhs)];
-    let kind = blas::cudaDataType::CUDA_R_64F;
-    gemm(&storage.device, places, operands, kind, [-1f64, 1.0])
+    gemm(&storage.device, places, operands, f64::KIND, [-1.0, 1.0])
 }
 
 /// A type that products are summed in.
-trait Summed: Copy {
+trait Summed: CudaDType + DeviceRepr {
+    const ZERO: Self;
+    const ONE: Self;
     const KIND: blas::cudaDataType;
     const COMPUTE: blas::cublasComputeType_t;
 }
 
 impl Summed for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
     const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_32F;
     const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_32F;
 }
 
 impl Summed for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
     const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_64F;
     const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_64F;
 }

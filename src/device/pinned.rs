@@ -186,13 +186,11 @@ impl Traffic {
     /// Lets go of all that is on its way out but the last `kept`. Its memory is the device's again when it is there.
     fn settle(&self, kept: usize) -> Result<()> {
         let mut leaving = self.leaving.borrow_mut();
-        while leaving.len() > kept {
-            if let Some((_, there)) = leaving.front() {
-                self.device.cuda_stream().wait(there).w()?;
-            }
-            leaving.pop_front();
-        }
-        Ok(())
+        let gone = leaving.len().saturating_sub(kept);
+        // Each is dropped behind its wait.
+        leaving
+            .drain(..gone)
+            .try_for_each(|(_tensor, there)| self.device.cuda_stream().wait(&there).w())
     }
 
     /// Has what comes back next wait until the device's own stream is where it was some requests ago: so many are in its memory at most.
@@ -225,9 +223,9 @@ pub(crate) struct HostBuffer {
 
 impl HostBuffer {
     pub(crate) fn new(traffic: &Rc<Traffic>, bytes: usize) -> Result<Self> {
-        let context = traffic.device.cuda_stream();
+        let stream = traffic.device.cuda_stream();
         // SAFETY: it is read after it has been written. Not write-combined: the device alone uses it, but it may be much of the memory.
-        let mut memory = unsafe { context.context().alloc_pinned_with_flags::<u8>(bytes, 0) }.w()?;
+        let mut memory = unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes, 0) }.w()?;
         Ok(Self {
             start: memory.as_mut_ptr().w()? as usize,
             memory,

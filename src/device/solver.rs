@@ -7,7 +7,7 @@ use super::matrix::{matrix_mut, product};
 use super::panels::PANEL_ROWS;
 use super::transfer::{Codes, Mark, download};
 use super::{doubles, vector};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::numerics::scales::{Scales, search};
 use crate::numerics::solver::{GptqOptions, SolvedRows};
 use crate::numerics::{Grid, QuantizedWeight};
@@ -68,9 +68,10 @@ pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions)
     }
     let scales = problem.search(&target, &factor.importance()?)?;
     let energies = problem.energies(&target, factor)?;
-    let refined = (factor.gram.as_ref()).filter(|_| options.refine_rounds > 0);
-    let refined = refined.map(|gram| Ok::<_, Error>((gram, target.force_contiguous()?)));
-    let refined = refined.transpose()?;
+    let refined = match &factor.gram {
+        Some(gram) if options.refine_rounds > 0 => Some((gram, target.force_contiguous()?)),
+        _ => None,
+    };
     problem.sweep(&state, factor, &scales)?;
     let (codes, errors) = match refined {
         None => (target, state.get(2 * problem.width)?),

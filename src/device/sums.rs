@@ -9,7 +9,6 @@ use super::row_stride;
 use super::vector;
 use crate::error::{Error, Result};
 use crate::memory::Room;
-use crate::numerics::panels;
 use crate::statistics::{Exponents, Product, SiteStatistics, add_row, add_sums, too_large};
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, bail};
 use std::collections::BTreeMap;
@@ -188,10 +187,10 @@ impl Sums {
             &products,
             self.tokens(),
             room,
-            |product, first, values| {
-                let (rows, columns) = &product.panels(self.width())[first / panels::PANEL_ROWS];
+            |product, rows, values| {
                 let from = self.products[&product].rows(rows)?;
-                let panel = from.narrow(1, from.dim(1)? - columns.len(), columns.len())?;
+                let columns = values.len() / rows.len();
+                let panel = from.narrow(1, from.dim(1)? - columns, columns)?;
                 values.copy_from_slice(&super::values(&panel)?);
                 Ok(())
             },

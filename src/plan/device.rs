@@ -68,7 +68,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         elements.sum::<u64>() * weight_bytes
     };
     let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
-    let width = plan.width(step) as u64;
+    let width = plan.width(step);
     let sites = plan.step_sites(step).len() as u64;
     let square = |width: usize| (width * width * 8) as u64;
     let half = |width: usize| elements(width, Shape::Upper) as u64 * 8;
@@ -76,7 +76,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let carriers = weights(before) * (1 + matching);
     let sums = match load.graph {
         Graph::DataFree => 0,
-        _ => sites * (half(plan.width(step)) * (1 + held_out) + square(plan.width(step)) * matching),
+        _ => sites * (half(width) * (1 + held_out) + square(width) * matching),
     };
     let factor = |width: usize| match load.graph {
         Graph::DataFree | Graph::Statistics { .. } => 0,
@@ -85,7 +85,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
             half(width) * kept + square(width) * (refined + matching + held_out)
         }
     };
-    let factors = sites * factor(plan.width(step));
+    let factors = sites * factor(width);
     let waiting = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
     let batch = batch_bytes(plan, load, step, before);
     // Those that are written, and those that wait to be; a byte a weight.
@@ -102,7 +102,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
                 .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
                 .max();
             let matrices = SOLVER_MATRICES + (refined * REFINE_MATRICES).max(matching * MATCH_MATRICES);
-            factors + matrices * rows.unwrap_or(0) as u64 * width * 8
+            factors + matrices * (rows.unwrap_or(0) * width * 8) as u64
         }
     };
     originals + behind + waiting + (carriers + batch + sums).max(sums + factors).max(solve)

@@ -99,7 +99,7 @@ impl SiteStatistics {
         Self::from_panels(exponents, products, 0, room, |_, _, _| Ok(()))
     }
 
-    /// Sums that were kept: `fill` is given each panel's product, first row and place.
+    /// Sums that were kept: `fill` is given each panel's product, rows and place.
     ///
     /// # Errors
     /// Those of `fill`; `room` has none left.
@@ -108,18 +108,17 @@ impl SiteStatistics {
         products: &[Product],
         tokens: i64,
         room: &Room,
-        mut fill: impl FnMut(Product, usize, &mut [i64]) -> Result<()>,
+        mut fill: impl FnMut(Product, &Range<usize>, &mut [i64]) -> Result<()>,
     ) -> Result<Self> {
         let width = exponents.width();
         let mut panels = Vec::new();
         for &product in products {
             for (rows, columns) in product.panels(width) {
-                let first_row = rows.start;
                 let mut sums = room.zeros(rows.len() * columns.len())?;
-                fill(product, first_row, &mut sums.write())?;
+                fill(product, &rows, &mut sums.write())?;
                 panels.push(Panel {
                     product,
-                    first_row,
+                    first_row: rows.start,
                     sums,
                 });
             }
