@@ -11,8 +11,8 @@ being named after shape, sizes and device. The tables:
 - quantflow by phase: `operators` of its JSON, the work counted from the shape, what was achieved, and the ceiling's share. Work: a forward pass with
   causal attention; XᵀX of each distinct input as a triangle; n³/3 a factor; rows x n² a solve; the weights of the blocks, once over the bus.
   Operators run beside one another; in a build for the CPU their seconds are CPU seconds of all workers.
-- programs: quantflow twice on a GPU, the second time (`least`) with the smallest --device-memory that it takes; seconds without the loading of Python
-  modules, with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use
+- programs: quantflow with --match-original 0, which is plain GPTQ, as the peers'; on a GPU again with the smallest --device-memory that it takes
+  (`least`), and with the default recipe (`default`: the original is matched, two rounds of refinement). Seconds without the loading of Python modules, with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use
   before; the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a peer fails or is not there, the row has its error's
   last line, and gptq_torch.py, which renders their common loop, runs besides.
 
@@ -65,10 +65,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from make_shape import SHAPES, linears, shape_config
 
-OURS = ("quantflow", "least")
+OURS = ("quantflow", "least", "default")
 PEERS = ("GPTQModel", "llm-compressor")
 PARTS = ("ceilings", *OURS, *PEERS, "rendering")
-TITLES = {"least": "quantflow, smallest --device-memory", "rendering": "gptq_torch.py (their loop in PyTorch)"}
+TITLES = {"least": "quantflow, smallest --device-memory", "default": "quantflow, default recipe", "rendering": "gptq_torch.py (their loop in PyTorch)"}
 # The ceiling that an operator's products are held against: on a CPU, f32 instead of bf16.
 CEILINGS = {"forward": "bf16_tflops", "accumulate": "bf16_tflops", "factor": "f64_tflops", "solve": "f64_tflops"}
 
@@ -164,26 +164,34 @@ def cut(a, layers):
     return checkpoint(a, f"{a.shape}-{layers}-{a.sequences}x{a.length}{'-tiny' * a.tiny}", *flags)
 
 
-def warmed(run, a, layers):
-    """`run` on a tiny checkpoint, then, if that went well, on the one with so many blocks; its output is not kept."""
+def warmed(run, a, *layers):
+    """What `run` says of the checkpoints with so many blocks, after a tiny one; the error alone, where one fails. Outputs are not kept."""
     output = a.folder / "out"
-    result = {}
-    for model in (lambda: checkpoint(a, f"{a.shape}-warm", "--layers=1", "--sequences=4", "--length=128", "--tiny"), lambda: cut(a, layers)):
+
+    def one(model):
+        shutil.rmtree(output, ignore_errors=True)
+        result = run(model, output)
+        shutil.rmtree(output, ignore_errors=True)
+        return result
+
+    result = one(checkpoint(a, f"{a.shape}-warm", "--layers=1", "--sequences=4", "--length=128", "--tiny"))
+    results = []
+    for blocks in layers:
         if "error" not in result:
-            shutil.rmtree(output, ignore_errors=True)
-            result = run(model(), output)
-    shutil.rmtree(output, ignore_errors=True)
-    return result
+            result = one(cut(a, blocks)) | dict(layers=blocks)
+            results.append(result)
+    return [result] if "error" in result else results
 
 
-def measure_quantflow(a, least=False):
+def measure_quantflow(a, part):
     """`least`: with the smallest --device-memory, which the refusal of a smaller one names."""
 
     def run(model, output):
         command = [a.quantflow, "quantize", model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
-        command += ["--group-size", "128", "--match-original", "0", "--json", *shlex.split(a.flags)]
+        command += ["--group-size", "128", "--json", *shlex.split(a.flags)]
+        command += ["--match-original", "0"] * (part != "default")
         command += ["--device", "cuda"] * (a.device == "cuda")
-        if least:
+        if part == "least":
             refusal = subprocess.run([*command, "--device-memory", "1"], capture_output=True, text=True).stderr
             named = re.search(r"smallest budget that would is (\d+) bytes", refusal)
             if not named:
@@ -191,7 +199,7 @@ def measure_quantflow(a, least=False):
             command += ["--device-memory", named[1]]
         return child(command, a)
 
-    return warmed(run, a, a.layers)
+    return warmed(run, a, a.layers)[-1]
 
 
 def measure_peer(a, peer):
@@ -202,11 +210,9 @@ def measure_peer(a, peer):
         command = [sys.executable, HERE / "peers.py", peer, model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
         return child(command + ["--device", a.device], a)
 
-    first = warmed(run, a, fewer[0]) if fewer else {}
-    if "error" in first:
-        return first | dict(layers=fewer[0])
-    result = warmed(run, a, layers) | dict(layers=layers)
-    if fewer and "error" not in result:
+    *first, result = warmed(run, a, *fewer, layers)
+    if first:
+        (first,) = first
         more = result["seconds"]["quantize"] - first["seconds"]["quantize"]
         result["block_seconds"] = more / (layers - fewer[0])
     return result
@@ -313,7 +319,7 @@ def report(results, config, a):
 def measure(part, a):
     if part == "ceilings":
         return child([sys.executable, HERE / "ceilings.py", "--device", a.device], a)
-    return measure_quantflow(a, part == "least") if part in OURS else measure_peer(a, part)
+    return measure_quantflow(a, part) if part in OURS else measure_peer(a, part)
 
 
 def main():

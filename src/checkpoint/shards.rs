@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 /// Largest `config.json` or index that is read: the index of a 1 T parameter MoE checkpoint has about 10 MB.
@@ -24,8 +25,6 @@ const STREAM_BYTES: usize = 4 << 20;
 const DIGEST_SAMPLE_BYTES: usize = 4096;
 /// Where a page is touched, Linux maps what it has of the aligned block of so many bytes around it.
 const MAPPED_TOGETHER: usize = 64 << 10;
-/// Rows that [`Checkpoint::rows`] copies before their pages go.
-const ROWS_TOGETHER: usize = 64;
 
 /// An opened checkpoint directory.
 #[derive(Debug)]
@@ -262,13 +261,15 @@ impl Checkpoint {
     /// # Errors
     /// There is none.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        self.get(name).ok_or_else(|| {
-            Error::invalid(
-                self.folder.display().to_string(),
-                format!("has no tensor {name}"),
-                "the checkpoint is incomplete, or its config.json describes another model",
-            )
-        })
+        self.get(name).ok_or_else(|| self.missing(name))
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::invalid(
+            self.folder.display().to_string(),
+            format!("has no tensor {name}"),
+            "the checkpoint is incomplete, or its config.json describes another model",
+        )
     }
 
     /// Name, dtype and shape, without touching the data.
@@ -308,22 +309,23 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Copies the bytes of some rows of a matrix, of which few are resident at a time, wherever they lie.
+    /// Copies the bytes of some rows of a matrix. They are read, not mapped: where rows lie apart, more would be mapped than copied.
     ///
     /// # Errors
-    /// There is no such tensor, or no such row.
+    /// There is no such tensor, or no such row, or the file cannot be read.
     pub fn rows(&self, name: &str, rows: &[u32]) -> Result<Vec<u8>> {
-        let table = self.tensor(name)?;
-        let height = table.shape.first().copied().unwrap_or(0);
-        let row_bytes = table.bytes.len() / height.max(1);
-        let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
-        for rows in rows.chunks(ROWS_TOGETHER) {
-            for &row in rows {
-                let begin = row as usize * row_bytes;
-                let row = table.bytes.get(begin..begin + row_bytes);
-                bytes.extend(row.ok_or_else(|| Error::invalid(name, format!("has {height} rows"), ""))?);
+        let entry = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
+        let path = &self.shards[entry.shard].path;
+        let file = File::open(path).context("open", path)?;
+        let height = entry.shape.first().copied().unwrap_or(0);
+        let row_bytes = entry.bytes.len() / height.max(1);
+        let mut bytes = vec![0; rows.len() * row_bytes];
+        for (&row, bytes) in rows.iter().zip(bytes.chunks_exact_mut(row_bytes.max(1))) {
+            if row as usize >= height {
+                return Err(Error::invalid(name, format!("has {height} rows"), ""));
             }
-            self.release(name);
+            let begin = entry.bytes.start + row as usize * row_bytes;
+            file.read_exact_at(bytes, begin as u64).context("read", path)?;
         }
         Ok(bytes)
     }

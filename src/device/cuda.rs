@@ -5,14 +5,15 @@ use super::matrix::{Matrix, Operands};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{self, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys as driver,
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys as driver,
 };
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use cudarc::cusolver::{DnHandle, sys as solver};
 use half::{bf16, f16};
 use std::cell::RefCell;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Threads of a block where a kernel does not ask for another number.
 const THREADS: u32 = 256;
@@ -431,12 +432,17 @@ pub(crate) fn triangular_solve(
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     // SAFETY: all work on the device goes to its one stream, in which what is freed is freed after its last use.
     unsafe { device.disable_event_tracking() };
+    keep_freed(default_pool(device)?)
+}
+
+/// Freed memory stays with the pool.
+fn keep_freed(pool: driver::CUmemoryPool) -> Result<()> {
     let (threshold, mut forever) = (
         driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
         u64::MAX,
     );
     // SAFETY: the attribute is a 64-bit number.
-    unsafe { driver::cuMemPoolSetAttribute(pool_of(device)?, threshold, (&raw mut forever).cast()) }
+    unsafe { driver::cuMemPoolSetAttribute(pool, threshold, (&raw mut forever).cast()) }
         .result()
         .w()
 }
@@ -451,17 +457,89 @@ pub(crate) fn name(device: &CudaDevice) -> String {
 pub(crate) fn free_bytes(device: &CudaDevice) -> u64 {
     let stream = device.cuda_stream();
     let free = stream.context().mem_get_info().map_or(0, |(free, _)| free as u64);
-    let of = |attribute| pool(device, attribute).unwrap_or(0);
+    let of = |attribute| total(device, attribute).unwrap_or(0);
     let held = of(driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
     free + held.saturating_sub(of(driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT))
 }
 
-/// Most bytes that tensors took so far.
+/// Most bytes that tensors took so far; those that other streams filled and those of the device's own, each at its most.
 pub(crate) fn peak_bytes(device: &CudaDevice) -> u64 {
-    pool(device, driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).unwrap_or(0)
+    total(device, driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).unwrap_or(0)
 }
 
-fn pool_of(device: &CudaDevice) -> Result<driver::CUmemoryPool> {
+/// See [`super::Placement::empty_pools`].
+pub(crate) fn empty_pools(device: &CudaDevice, most: u64) -> Result<()> {
+    if total(
+        device,
+        driver::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+    )? <= most
+    {
+        return Ok(());
+    }
+    device.cuda_stream().synchronize().w()?;
+    for pool in pools(device)? {
+        // SAFETY: the pool lives as long as the process.
+        unsafe { driver::cuMemPoolTrimTo(pool, 0) }.result().w()?;
+    }
+    Ok(())
+}
+
+/// Memory that another stream than the device's own will fill. It comes from a pool of its own: what is taken and left at other times than the
+/// tensors of the device's stream would tear holes between them.
+pub(crate) fn alloc_beside(
+    device: &CudaDevice,
+    stream: &Arc<CudaStream>,
+    bytes: usize,
+) -> Result<CudaSlice<u8>> {
+    let pool = beside_pool(device)?;
+    let mut place = 0;
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: the pool lives as long as the process; the memory has one owner, who reads it after it has been written.
+    unsafe {
+        driver::cuMemAllocFromPoolAsync(&raw mut place, bytes, pool, stream.cu_stream())
+            .result()
+            .w()?;
+        Ok(stream.upgrade_device_ptr(place, bytes))
+    }
+}
+
+/// A pool of [`alloc_beside`], which lives as long as the process.
+struct Beside {
+    device: driver::CUdevice,
+    pool: driver::CUmemoryPool,
+}
+
+// SAFETY: pools may be used on every thread.
+unsafe impl Send for Beside {}
+
+static BESIDE: Mutex<Vec<Beside>> = Mutex::new(Vec::new());
+
+fn beside_pool(device: &CudaDevice) -> Result<driver::CUmemoryPool> {
+    let device = device.cuda_stream().context().cu_device();
+    let mut made = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(beside) = made.iter().find(|beside| beside.device == device) {
+        return Ok(beside.pool);
+    }
+    // SAFETY: zeros are values of all its fields.
+    let mut properties: driver::CUmemPoolProps = unsafe { std::mem::zeroed() };
+    properties.allocType = driver::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+    let on_device = driver::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE as c_int;
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: a location is a kind and a number, whose names differ from version to version; both are there while the pool is made.
+    unsafe {
+        (&raw mut properties.location)
+            .cast::<[c_int; 2]>()
+            .write([on_device, device]);
+        driver::cuMemPoolCreate(&raw mut pool, &raw const properties)
+    }
+    .result()
+    .w()?;
+    keep_freed(pool)?;
+    made.push(Beside { device, pool });
+    Ok(pool)
+}
+
+fn default_pool(device: &CudaDevice) -> Result<driver::CUmemoryPool> {
     let stream = device.cuda_stream();
     let mut pool = std::ptr::null_mut();
     // SAFETY: the context's device is open.
@@ -471,13 +549,22 @@ fn pool_of(device: &CudaDevice) -> Result<driver::CUmemoryPool> {
     Ok(pool)
 }
 
-fn pool(device: &CudaDevice, attribute: driver::CUmemPool_attribute) -> Result<u64> {
-    let mut value = 0u64;
-    // SAFETY: the attributes that are asked for are 64-bit numbers.
-    unsafe { driver::cuMemPoolGetAttribute(pool_of(device)?, attribute, (&raw mut value).cast()) }
-        .result()
-        .w()?;
-    Ok(value)
+/// All pools of a device.
+fn pools(device: &CudaDevice) -> Result<[driver::CUmemoryPool; 2]> {
+    Ok([default_pool(device)?, beside_pool(device)?])
+}
+
+/// An attribute of all pools, which is a number of bytes.
+fn total(device: &CudaDevice, attribute: driver::CUmemPool_attribute) -> Result<u64> {
+    let values = pools(device)?.into_iter().map(|pool| {
+        let mut value = 0u64;
+        // SAFETY: the attributes that are asked for are 64-bit numbers.
+        unsafe { driver::cuMemPoolGetAttribute(pool, attribute, (&raw mut value).cast()) }
+            .result()
+            .w()
+            .map(|()| value)
+    });
+    values.sum()
 }
 
 /// One cuSOLVER handle a thread: making one takes longer than a small factorization.

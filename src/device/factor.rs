@@ -1,7 +1,7 @@
 //! A site's damped Hessian and its factor where the sums are: as [`crate::numerics::factor`], with U = Lᵀ in the place of L, whose panels are
 //! the same as those of the sums.
 
-use super::hessian::Symmetric;
+use super::hessian::{Shift, Symmetric};
 use super::matrix::{matrix_mut, product, select_rows, subtract_product};
 use super::panels::{PANEL_ROWS, Panels};
 use super::sums::Sums;
@@ -24,14 +24,14 @@ pub struct Factor {
     pub(super) columns: Tensor,
     /// The row of U of each original column, u32.
     pub(super) rows: Tensor,
-    /// XᵀX `[width, width]` in original order, where it was asked for.
-    pub(super) gram: Option<Tensor>,
-    /// `X̃ᵀX − XᵀX` `[width, width]` in original order, where the original model is matched.
-    pub(super) shift: Option<Tensor>,
+    /// XᵀX in original order, where it was asked for.
+    pub(super) gram: Option<Symmetric>,
+    /// `X̃ᵀX − XᵀX` in original order, where the original model is matched.
+    shift: Option<Shift>,
 }
 
 impl Factor {
-    /// Factors `XᵀX` with each of these shares of damping; keeps it whole where `with_gram` asks for it. What the factors share is made once.
+    /// Factors `XᵀX` with each of these shares of damping; keeps its sums where `with_gram` asks for them. What the factors share is there once.
     /// `site` is for the error alone.
     ///
     /// # Errors
@@ -46,12 +46,11 @@ impl Factor {
         let sum = sums
             .product(Product::Gram)
             .ok_or_else(|| Error::Worker("no XᵀX was summed".into()))?;
-        let hessian = Symmetric::new(sum, sums.inverse_scales()?);
+        let hessian = Symmetric::new(sum.clone(), sums.inverse_scales()?);
         let like = sum.values();
         let energies = hessian.diagonal()?;
-        let gram = with_gram.then(|| hessian.whole()).transpose()?;
-        let cross = sums.product(Product::Cross);
-        let shift = cross.map(|cross| hessian.subtracted_from(cross)).transpose()?;
+        let cross = sums.product(Product::Cross).cloned();
+        let shift = cross.map(|cross| Shift::new(cross, hessian.clone()));
         let factors = damp_percents.into_iter().map(|damp_percent| {
             let damped = damped(
                 site,
@@ -73,7 +72,7 @@ impl Factor {
             Ok(Self {
                 columns: vector(&columns, like)?,
                 rows: vector(&rows, like)?,
-                gram: gram.clone(),
+                gram: with_gram.then(|| hessian.clone()),
                 shift: shift.clone(),
                 damped,
             })
@@ -98,7 +97,7 @@ impl Factor {
         let Some(shift) = self.shift.as_ref().filter(|_| alpha != 0.0) else {
             return Ok(None);
         };
-        let moved = select_rows(&product(&shift.t()?, weights)?, &self.columns)?;
+        let moved = select_rows(&shift.transposed_times(weights)?, &self.columns)?;
         self.solve(&moved)?;
         Ok(Some((weights + (select_rows(&moved, &self.rows)? * alpha)?)?))
     }
@@ -135,14 +134,14 @@ impl Factor {
     }
 }
 
-/// XᵀX over held-out tokens, `[width, width]` f64, where it was summed.
+/// XᵀX over held-out tokens, where it was summed.
 ///
 /// # Errors
 /// The device has no memory left.
-pub fn held_out(sums: &Sums) -> Result<Option<Tensor>> {
+pub fn held_out(sums: &Sums) -> Result<Option<Symmetric>> {
     let held_out = sums.product(Product::HeldOut);
     held_out
-        .map(|sum| Symmetric::new(sum, sums.inverse_scales()?).whole())
+        .map(|sum| Ok(Symmetric::new(sum.clone(), sums.inverse_scales()?)))
         .transpose()
 }
 

@@ -1,22 +1,23 @@
 //! From a site's sums to matrices in f64.
 
-use super::matrix::matrix_mut;
+use super::matrix::{matrix_mut, product};
 use super::panels::Panels;
 use super::{doubles, values};
 use crate::error::Result;
 use crate::numerics::panels::Shape;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, bail};
-use std::cmp::Ordering;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, bail};
+use std::ops::{Deref, Range};
 
-/// H = XᵀX as its sums have it, by the upper half: each in original order.
-pub(super) struct Symmetric<'a> {
-    sums: &'a Panels,
+/// H = XᵀX as its sums have it, by the upper half: each in original order. Rows in f64 are made when they are read, so that it is never whole.
+#[derive(Clone, Debug)]
+pub struct Symmetric {
+    sums: Panels,
     /// What a sum is multiplied by for its row, and for its column, f64.
     inverse: Tensor,
 }
 
-impl<'a> Symmetric<'a> {
-    pub(super) fn new(sums: &'a Panels, inverse: Tensor) -> Self {
+impl Symmetric {
+    pub(super) fn new(sums: Panels, inverse: Tensor) -> Self {
         Self { sums, inverse }
     }
 
@@ -29,69 +30,118 @@ impl<'a> Symmetric<'a> {
             .collect())
     }
 
-    /// All of it, `[width, width]`.
-    pub(super) fn whole(&self) -> Result<Tensor> {
-        self.square(With::Nothing)
+    /// Some rows, `[rows, width]`.
+    pub(super) fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        self.fill_rows(rows, &With::Nothing)
     }
 
-    /// `M − H`, `[width, width]`, for the sums of M in `cross`.
-    pub(super) fn subtracted_from(&self, cross: &Panels) -> Result<Tensor> {
-        self.square(With::Cross(cross))
+    /// `H · values + damping · values`, for `[width, lanes]` and a diagonal `[width]`.
+    pub(super) fn damped_times(&self, values: &Tensor, damping: &Tensor) -> Result<Tensor> {
+        let damping = damping.unsqueeze(1)?;
+        let out = values.zeros_like()?;
+        for rows in self.sums.panel_rows() {
+            let (first, count) = (rows.start, rows.len());
+            let damped = values
+                .narrow(0, first, count)?
+                .broadcast_mul(&damping.narrow(0, first, count)?)?;
+            let part = (product(&self.rows(rows)?, values)? + damped)?;
+            out.slice_set(&part, 0, first)?;
+        }
+        Ok(out)
     }
 
     /// The upper half of `H[order, order]`, `order` u32, with another diagonal, which is by original column.
     pub(super) fn ordered(&self, order: Tensor, diagonal: Tensor) -> Result<Panels> {
         let device = self.sums.values().device();
         let out = Panels::zeros(self.sums.width(), Some(Shape::Upper), DType::F64, device)?;
-        let with = With::Order { order, diagonal };
-        out.values().inplace_op1(&Fill { of: self, with })?;
+        out.values().inplace_op1(&Fill {
+            of: self,
+            rows: 0..self.sums.width(),
+            with: &With::Order { order, diagonal },
+        })?;
         Ok(out)
     }
 
-    fn square(&self, with: With<'_>) -> Result<Tensor> {
-        let (width, device) = (self.sums.width(), self.sums.values().device());
-        let out = Tensor::zeros((width, width), DType::F64, device)?;
-        out.inplace_op1(&Fill { of: self, with })?;
+    fn fill_rows(&self, rows: Range<usize>, with: &With) -> Result<Tensor> {
+        let size = (rows.len(), self.sums.width());
+        let out = Tensor::zeros(size, DType::F64, self.sums.values().device())?;
+        out.inplace_op1(&Fill { of: self, rows, with })?;
+        Ok(out)
+    }
+}
+
+/// `X̃ᵀX − XᵀX`, made by rows as [`Symmetric`].
+#[derive(Clone, Debug)]
+pub(super) struct Shift {
+    gram: Symmetric,
+    cross: With,
+}
+
+impl Shift {
+    /// For the sums of `X̃ᵀX` and `XᵀX`.
+    pub(super) fn new(cross: Panels, gram: Symmetric) -> Self {
+        let cross = With::Cross(cross);
+        Self { gram, cross }
+    }
+
+    /// Its transpose times `values`, `[width, lanes]`.
+    pub(super) fn transposed_times(&self, values: &Tensor) -> Result<Tensor> {
+        let mut out = values.zeros_like()?;
+        for rows in self.gram.sums.panel_rows() {
+            let values = values.narrow(0, rows.start, rows.len())?;
+            let rows = self.gram.fill_rows(rows, &self.cross)?;
+            out = (out + product(&rows.t()?, &values)?)?;
+        }
         Ok(out)
     }
 }
 
 /// What is made of H.
-enum With<'a> {
+#[derive(Clone, Debug)]
+enum With {
     Nothing,
-    Cross(&'a Panels),
+    Cross(Panels),
     Order { order: Tensor, diagonal: Tensor },
 }
 
-/// Fills zeros: see the methods of [`Symmetric`].
+/// Fills zeros: see the methods of [`Symmetric`] and [`Shift`].
 struct Fill<'a> {
-    of: &'a Symmetric<'a>,
-    with: With<'a>,
+    of: &'a Symmetric,
+    rows: Range<usize>,
+    with: &'a With,
 }
 
 impl InplaceOp1 for Fill<'_> {
     fn name(&self) -> &'static str {
         match self.with {
-            With::Nothing => "whole",
-            With::Cross(_) => "shift",
+            With::Nothing => "whole_rows",
+            With::Cross(_) => "shift_rows",
             With::Order { .. } => "ordered",
         }
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (sums, width) = (self.of.sums, self.of.sums.width());
-        let hessian = Values::new(self.of)?;
-        match &self.with {
+        let (sums, width) = (&self.of.sums, self.of.sums.width());
+        let read = sums.values().storage_and_layout();
+        let hessian = Values {
+            sums,
+            values: on_cpu(&read)?,
+            inverse: doubles(&self.of.inverse)?,
+        };
+        let places = |i: usize| (self.rows.start + i / width, i % width);
+        match self.with {
             With::Nothing => {
                 for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
-                    *out = hessian.at(i / width, i % width);
+                    let (row, column) = places(i);
+                    *out = hessian.at(row, column);
                 }
             }
             With::Cross(cross) => {
-                let cross = values::<i64>(cross.values())?;
+                let read = cross.values().storage_and_layout();
+                let cross = on_cpu(&read)?;
                 for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
-                    let (row, column) = (i / width, i % width);
-                    *out = hessian.scaled(cross[i], row, column) - hessian.at(row, column);
+                    let (row, column) = places(i);
+                    *out = hessian.scaled(cross[row * width + column], row, column) - hessian.at(row, column);
                 }
             }
             With::Order { order, diagonal } => {
@@ -99,16 +149,12 @@ impl InplaceOp1 for Fill<'_> {
                 let CpuStorage::F64(out) = storage else {
                     bail!("panels are filled with f64");
                 };
-                let places = sums.panel_rows().flat_map(|rows| {
-                    let columns = sums.columns(&rows);
-                    rows.flat_map(move |row| columns.clone().map(move |column| (row, column)))
-                });
-                for ((row, column), out) in places.zip(&mut out[layout.start_offset()..]) {
-                    let (a, b) = (order[row] as usize, order[column] as usize);
-                    match row.cmp(&column) {
-                        Ordering::Less => *out = hessian.at(a, b),
-                        Ordering::Equal => *out = diagonal[a],
-                        Ordering::Greater => {}
+                let out = &mut out[layout.start_offset()..];
+                for row in 0..width {
+                    let a = order[row] as usize;
+                    out[sums.place(row, row)] = diagonal[a];
+                    for column in row + 1..width {
+                        out[sums.place(row, column)] = hessian.at(a, order[column] as usize);
                     }
                 }
             }
@@ -119,51 +165,47 @@ impl InplaceOp1 for Fill<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, layout: &Layout) -> candle_core::Result<()> {
         use super::cuda::{MATRICES, Threads, launch, pointer, pointer_at, u32_arg};
-        let (sums, width) = (self.of.sums, self.of.sums.width());
+        let (sums, width) = (&self.of.sums, self.of.sums.width());
         let mut args = vec![
             pointer_at(storage, layout)?,
             pointer(sums.values())?,
             pointer(&self.of.inverse)?,
         ];
-        match &self.with {
-            With::Nothing => {}
-            With::Cross(cross) => args.push(pointer(cross.values())?),
+        match self.with {
+            With::Nothing => args.push(u32_arg(self.rows.start)?),
+            With::Cross(cross) => args.extend([pointer(cross.values())?, u32_arg(self.rows.start)?]),
             With::Order { order, diagonal } => args.extend([pointer(order)?, pointer(diagonal)?]),
         }
         args.extend([u32_arg(width)?, u32_arg(super::panels::PANEL_ROWS)?]);
-        let threads = Threads::over(width, width);
+        let threads = Threads::over(width, self.rows.len());
         launch(&storage.device, MATRICES, self.name(), threads, &args)
     }
 }
 
 /// H on the CPU.
-struct Values {
+struct Values<'a> {
+    sums: &'a Panels,
+    values: &'a [i64],
     inverse: Vec<f64>,
-    /// The sums from the diagonal on, row after row.
-    rows: Vec<Vec<i64>>,
 }
 
-impl Values {
-    fn new(of: &Symmetric<'_>) -> candle_core::Result<Self> {
-        let mut rows = Vec::with_capacity(of.sums.width());
-        for panel in of.sums.panel_rows() {
-            let columns = of.sums.columns(&panel).len();
-            let values = values::<i64>(&of.sums.panel(&panel).map_err(candle_core::Error::wrap)?)?;
-            let by_row = values.chunks_exact(columns).enumerate();
-            rows.extend(by_row.map(|(row, values)| values[row..].to_vec()));
-        }
-        Ok(Self {
-            inverse: doubles(&of.inverse)?,
-            rows,
-        })
-    }
-
+impl Values<'_> {
     fn at(&self, a: usize, b: usize) -> f64 {
         let (row, column) = (a.min(b), a.max(b));
-        self.scaled(self.rows[row][column - row], row, column)
+        self.scaled(self.values[self.sums.place(row, column)], row, column)
     }
 
     fn scaled(&self, sum: i64, row: usize, column: usize) -> f64 {
         sum as f64 * self.inverse[row] * self.inverse[column]
+    }
+}
+
+/// The sums in a tensor's storage.
+fn on_cpu<'a>(
+    (storage, layout): &'a (impl Deref<Target = Storage>, &Layout),
+) -> candle_core::Result<&'a [i64]> {
+    match &**storage {
+        Storage::Cpu(CpuStorage::I64(values)) => Ok(&values[layout.start_offset()..]),
+        _ => bail!("sums are i64 values on the CPU"),
     }
 }

@@ -9,7 +9,7 @@ pub mod attention;
 pub(crate) mod cuda;
 pub mod divergence;
 pub mod factor;
-mod hessian;
+pub mod hessian;
 pub mod matrix;
 pub(crate) mod panels;
 #[cfg(feature = "cuda")]

@@ -92,6 +92,13 @@ impl Panels {
         Ok(vector(&places.collect::<Vec<_>>(), &self.values)?)
     }
 
+    /// Where in [`Self::values`] an element is that is stored.
+    pub(super) fn place(&self, row: usize, column: usize) -> usize {
+        let first = row - row % PANEL_ROWS;
+        let columns = self.columns(&(first..self.rows.min(first + PANEL_ROWS)));
+        self.offset(first) + (row - first) * columns.len() + column - columns.start
+    }
+
     fn offset(&self, row: usize) -> usize {
         let before = panel_rows(self.rows).take_while(|rows| rows.end <= row);
         before.map(|rows| rows.len() * self.columns(&rows).len()).sum()

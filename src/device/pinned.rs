@@ -1,15 +1,16 @@
 //! Page-locked memory, through which values pass between the host and a device beside what it computes: weights, codes, activations that it has
 //! no room for. Each way has a stream of its own, and events say what has to be there before what.
 
-use super::cuda::address;
+use super::cuda::{address, alloc_beside};
 use super::transfer::{AHEAD, LEAVING};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result as driver,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result as driver, sys,
 };
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
+use memmap2::{Advice, MmapMut};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -36,9 +37,8 @@ impl Uploads {
         Ok(Self { stream, buffers })
     }
 
-    fn upload(&mut self, bytes: &[u8]) -> Result<CudaSlice<u8>> {
-        // SAFETY: all of it is written below.
-        let mut out = unsafe { self.stream.alloc::<u8>(bytes.len()) }.w()?;
+    fn upload(&mut self, device: &CudaDevice, bytes: &[u8]) -> Result<CudaSlice<u8>> {
+        let mut out = alloc_beside(device, &self.stream, bytes.len())?;
         let parts = bytes.chunks(UPLOAD_BYTES).enumerate();
         for (i, part) in parts {
             let (buffer, copied) = &mut self.buffers[i % 2];
@@ -66,7 +66,7 @@ pub(crate) fn upload(device: &CudaDevice, bytes: &[u8], dtype: DType) -> Result<
             Some(uploads) if Arc::ptr_eq(uploads.stream.context(), stream.context()) => uploads,
             other => other.insert(Uploads::new(device)?),
         };
-        let out = uploads.upload(bytes)?;
+        let out = uploads.upload(device, bytes)?;
         let complete = uploads.stream.record_event(None).w()?;
         stream.wait(&complete).w()?;
         Ok::<_, candle_core::Error>(out)
@@ -167,8 +167,8 @@ pub(crate) struct Traffic {
     back: Arc<CudaStream>,
     /// What is on its way out, and when it will be there.
     leaving: RefCell<VecDeque<(Tensor, Arc<Event>)>>,
-    /// Where the device's own stream was when the last ones were asked back.
-    asked: RefCell<VecDeque<Event>>,
+    /// Where what comes back lands, the one used longest ago first, and when the device's own stream will have taken it from there.
+    landings: RefCell<VecDeque<(CudaSlice<u8>, Event)>>,
 }
 
 impl Traffic {
@@ -179,7 +179,7 @@ impl Traffic {
             back: stream()?,
             device: device.clone(),
             leaving: RefCell::default(),
-            asked: RefCell::default(),
+            landings: RefCell::default(),
         })
     }
 
@@ -193,14 +193,22 @@ impl Traffic {
             .try_for_each(|(_tensor, there)| self.device.cuda_stream().wait(&there).w())
     }
 
-    /// Has what comes back next wait until the device's own stream is where it was some requests ago: so many are in its memory at most.
-    fn queue_up(&self) -> Result<()> {
-        let mut asked = self.asked.borrow_mut();
-        asked.push_back(record(&self.device)?);
-        match asked.len() > AHEAD {
-            true => (asked.pop_front()).map_or(Ok(()), |then| self.back.wait(&then).w()),
-            false => Ok(()),
+    /// Memory for what comes back next. Where so many are on their way as may be, waits until the first has been taken. All memory is taken and freed
+    /// in the device's own stream: what one stream frees, the driver does not find for another in time, and would take ever more.
+    fn landing(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        let mut landings = self.landings.borrow_mut();
+        if landings.len() == AHEAD
+            && let Some((memory, taken)) = landings.pop_front()
+        {
+            taken.synchronize().w()?;
+            if (bytes..=2 * bytes).contains(&memory.len()) {
+                return Ok(memory);
+            }
         }
+        // SAFETY: it is read after it has been written.
+        let memory = unsafe { self.device.cuda_stream().alloc::<u8>(bytes) }.w()?;
+        self.back.wait(&record(&self.device)?).w()?;
+        Ok(memory)
     }
 }
 
@@ -211,11 +219,46 @@ impl Drop for Traffic {
     }
 }
 
+/// Page-locked memory, in huge pages where the system has them: it is touched and locked in a fraction of the time that the driver takes to
+/// make its own, of which there may be much.
+#[derive(Debug)]
+struct Locked {
+    context: Arc<CudaContext>,
+    memory: MmapMut,
+}
+
+impl Locked {
+    fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
+        let memory = MmapMut::map_anon(bytes.max(1))?;
+        // Where the system has neither, pages are small, and touched when they are locked.
+        memory.advise(Advice::HugePage).ok();
+        memory.advise(Advice::PopulateWrite).ok();
+        context.bind_to_thread().w()?;
+        // SAFETY: the memory is unlocked before it is unmapped.
+        unsafe { sys::cuMemHostRegister_v2(memory.as_ptr().cast_mut().cast(), memory.len(), 0) }
+            .result()
+            .w()?;
+        let context = Arc::clone(context);
+        Ok(Self { context, memory })
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let place = self.memory.as_mut_ptr().cast();
+        // Where the device has failed, whoever asks it next is told.
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: it was locked when it was made, and nobody copies to it or from it any more.
+            unsafe { sys::cuMemHostUnregister(place) }.result().ok();
+        }
+    }
+}
+
 /// Page-locked memory that the device copies to and from beside what it computes.
 #[derive(Debug)]
 pub(crate) struct HostBuffer {
     traffic: Rc<Traffic>,
-    memory: PinnedHostSlice<u8>,
+    memory: Locked,
     start: usize,
     /// After the last copy to or from it.
     used: RefCell<Option<Arc<Event>>>,
@@ -223,11 +266,9 @@ pub(crate) struct HostBuffer {
 
 impl HostBuffer {
     pub(crate) fn new(traffic: &Rc<Traffic>, bytes: usize) -> Result<Self> {
-        let stream = traffic.device.cuda_stream();
-        // SAFETY: it is read after it has been written. Not write-combined: the device alone uses it, but it may be much of the memory.
-        let mut memory = unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes, 0) }.w()?;
+        let mut memory = Locked::new(traffic.device.cuda_stream().context(), bytes)?;
         Ok(Self {
-            start: memory.as_mut_ptr().w()? as usize,
+            start: memory.memory.as_mut_ptr() as usize,
             memory,
             traffic: Rc::clone(traffic),
             used: RefCell::default(),
@@ -235,7 +276,7 @@ impl HostBuffer {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.memory.len()
+        self.memory.memory.len()
     }
 
     /// Asks for a copy of a contiguous tensor, as soon as it is made.
@@ -265,19 +306,25 @@ impl HostBuffer {
     /// Asks for a copy of its first bytes on the device, values of `dtype`. What is asked of the device afterwards waits for it, what was asked
     /// before does not.
     pub(crate) fn read(&self, bytes: usize, dtype: DType) -> Result<CudaStorage> {
-        let (device, stream) = (&self.traffic.device, &self.traffic.back);
-        self.traffic.queue_up()?;
-        self.after_last_use(stream)?;
-        // SAFETY: all of it is written below.
-        let out = unsafe { stream.alloc::<u8>(bytes) }.w()?;
-        let to = out.device_ptr(stream).0;
-        // SAFETY: as above; `out` has so many bytes.
+        let (device, back) = (&self.traffic.device, &self.traffic.back);
+        let landing = self.traffic.landing(bytes)?;
+        let landed = landing.device_ptr(back).0;
+        self.after_last_use(back)?;
+        // SAFETY: the landing has so many bytes, and so has the memory, which nobody but the device touches while this buffer lives.
         unsafe {
             let from = std::slice::from_raw_parts(self.start as *const u8, bytes);
-            driver::memcpy_htod_async(to, from, stream.cu_stream()).w()?;
+            driver::memcpy_htod_async(landed, from, back.cu_stream()).w()?;
         }
-        let here = self.note_use(stream)?;
-        device.cuda_stream().wait(&here).w()?;
+        let here = self.note_use(back)?;
+        let stream = device.cuda_stream();
+        stream.wait(&here).w()?;
+        // SAFETY: all of it is written below.
+        let out = unsafe { stream.alloc::<u8>(bytes) }.w()?;
+        // SAFETY: both have so many bytes, and the landing is kept until they are taken.
+        unsafe { driver::memcpy_dtod_async(out.device_ptr(&stream).0, landed, bytes, stream.cu_stream()) }
+            .w()?;
+        let taken = record(device)?;
+        self.traffic.landings.borrow_mut().push_back((landing, taken));
         adopt(device, out, dtype)
     }
 

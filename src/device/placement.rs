@@ -131,6 +131,19 @@ impl Placement {
         }
     }
 
+    /// Gives back what the device's pools hold and no tensor takes, where they hold more than `most` bytes. Then waits for the device.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn empty_pools(&self, most: u64) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = &self.device {
+            super::cuda::empty_pools(device, most)?;
+        }
+        let _ = most;
+        Ok(())
+    }
+
     /// The dtype in which linears take inputs and weights, of a model whose weights are stored so.
     pub fn precision(&self, stored: Dtype) -> DType {
         match (self.on_device, stored) {

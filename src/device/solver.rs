@@ -3,6 +3,7 @@
 //! product. All is left-looking: before a block of columns one product brings what the columns before it feed to it.
 
 use super::factor::Factor;
+use super::hessian::Symmetric;
 use super::matrix::{matrix_mut, product};
 use super::panels::PANEL_ROWS;
 use super::transfer::{Codes, Mark, download};
@@ -73,24 +74,28 @@ pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions)
         _ => None,
     };
     problem.sweep(&state, factor, &scales)?;
+    let clipped = state.get(2 * problem.width + 1)?.force_contiguous()?;
     let (codes, errors) = match refined {
         None => (target, state.get(2 * problem.width)?),
         Some((gram, original)) => {
-            let damping = vector(&factor.damped.damping, gram)?;
+            let damping = vector(&factor.damped.damping, weights)?;
             let hessian = Hessian { gram, damping };
+            // The codes alone hold the state now, until there are others.
+            drop(state);
             problem.refine(&original, target, &scales, &hessian, options.refine_rounds)?
         }
     };
-    let tallies = Tensor::stack(&[errors, energies, state.get(2 * problem.width + 1)?], 0)?;
+    let tallies = Tensor::stack(&[errors, energies, clipped], 0)?;
     problem.solved(&codes, &scales, tallies)
 }
 
-/// As [`crate::numerics::solver::output_error`], for `weights` `[rows, width]` and `hessian` `[width, width]`.
+/// As [`crate::numerics::solver::output_error`], for `weights` `[rows, width]`.
 ///
 /// # Errors
 /// The device has no memory left.
-pub fn output_error(weights: &Tensor, solved: &Solved, hessian: &Tensor) -> Result<(f64, f64)> {
-    let energy = |lanes: &Tensor| total(&(product(hessian, lanes)? * lanes)?.sum(0)?);
+pub fn output_error(weights: &Tensor, solved: &Solved, hessian: &Symmetric) -> Result<(f64, f64)> {
+    let undamped = Tensor::zeros(weights.dim(1)?, DType::F64, weights.device())?;
+    let energy = |lanes: &Tensor| total(&(hessian.damped_times(lanes, &undamped)? * lanes)?.sum(0)?);
     let whole = lanes_of(weights)?;
     let values = solved.dequantize(DType::F32)?;
     Ok((energy(&(&whole - lanes_of(&values)?)?)?, energy(&whole)?))
@@ -150,15 +155,14 @@ struct Problem<'a> {
 
 /// H_d, in original order.
 struct Hessian<'a> {
-    gram: &'a Tensor,
+    gram: &'a Symmetric,
     damping: Tensor,
 }
 
 impl Hessian<'_> {
     /// `H_d · values`, for `[width, lanes]`.
     fn times(&self, values: &Tensor) -> Result<Tensor> {
-        let damped = values.broadcast_mul(&self.damping.unsqueeze(1)?)?;
-        Ok((product(self.gram, values)? + damped)?)
+        self.gram.damped_times(values, &self.damping)
     }
 }
 
@@ -270,11 +274,10 @@ impl<'a> Problem<'a> {
         rounds: usize,
     ) -> Result<(Tensor, Tensor)> {
         let mut codes = codes;
+        let gradient = |codes: &Tensor| hessian.times(&self.errors(target, codes, scales)?);
         for _ in 0..rounds {
-            let gradient = hessian.times(&self.errors(target, &codes, scales)?)?;
-            self.refit_scales(&codes, scales, hessian, &gradient)?;
-            let gradient = hessian.times(&self.errors(target, &codes, scales)?)?;
-            codes = self.descend(&codes, scales, hessian, &gradient)?;
+            self.refit_scales(&codes, scales, hessian, &gradient(&codes)?)?;
+            codes = self.descend(&codes, scales, hessian, &gradient(&codes)?)?;
         }
         let errors = self.errors(target, &codes, scales)?;
         let errors = (hessian.times(&errors)? * errors)?.sum(0)?;
@@ -294,7 +297,7 @@ impl<'a> Problem<'a> {
         let moved = self.state(self.width)?;
         for g in 0..self.groups() {
             let begin = g * group;
-            let rows = hessian.gram.narrow(0, begin, group)?;
+            let rows = hessian.gram.rows(begin..begin + group)?;
             let slope = self.less_moved(&gradient.narrow(0, begin, group)?, &rows, &moved, begin)?;
             let centred = centred.get(g)?;
             let damping = hessian.damping.narrow(0, begin, group)?.unsqueeze(1)?;
@@ -328,15 +331,15 @@ impl<'a> Problem<'a> {
         for begin in (0..width).step_by(BLOCK) {
             let rows = BLOCK.min(width - begin);
             let moved = state.narrow(0, width, width)?;
-            let part = hessian.gram.narrow(0, begin, rows)?;
-            let slope = self.less_moved(&gradient.narrow(0, begin, rows)?, &part, &moved, begin)?;
+            let gram = hessian.gram.rows(begin..begin + rows)?;
+            let slope = self.less_moved(&gradient.narrow(0, begin, rows)?, &gram, &moved, begin)?;
             state.inplace_op1(&Descend {
                 problem: self,
                 gradient: &slope,
-                hessian,
+                gram: &gram,
+                damping: &hessian.damping,
                 scales,
                 begin,
-                rows,
             })?;
         }
         Ok(state.narrow(0, 0, width)?)
@@ -609,14 +612,14 @@ impl InplaceOp1 for Sweep<'_> {
 }
 
 /// Coordinate descent within the columns `begin..`, in a state `[2 * width, lanes]` in original order: codes, and by how much the values
-/// moved. `gradient` is `[rows, lanes]`.
+/// moved. `gradient` is `[rows, lanes]`, `gram` these rows of XᵀX, `[rows, width]`.
 struct Descend<'a> {
     problem: Problem<'a>,
     gradient: &'a Tensor,
-    hessian: &'a Hessian<'a>,
+    gram: &'a Tensor,
+    damping: &'a Tensor,
     scales: &'a Tensor,
     begin: usize,
-    rows: usize,
 }
 
 impl InplaceOp1 for Descend<'_> {
@@ -626,19 +629,19 @@ impl InplaceOp1 for Descend<'_> {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
         let Problem { width, lanes, .. } = self.problem;
-        let (gradient, damping) = (doubles(self.gradient)?, doubles(&self.hessian.damping)?);
-        let hessian = doubles(&self.hessian.gram.narrow(0, self.begin, self.rows)?)?;
+        let (gradient, damping) = (doubles(self.gradient)?, doubles(self.damping)?);
+        let gram = doubles(self.gram)?;
         let grids = Grids::new(self.problem, self.scales)?;
         let state = matrix_mut(storage, layout)?;
         for lane in 0..lanes {
-            for i in 0..self.rows {
+            for i in 0..self.gram.dim(0)? {
                 let column = self.begin + i;
-                let earlier = (0..i)
-                    .map(|k| state[(width + self.begin + k) * lanes + lane] * hessian[k * width + column]);
+                let earlier =
+                    (0..i).map(|k| state[(width + self.begin + k) * lanes + lane] * gram[k * width + column]);
                 let slope = earlier.fold(gradient[i * lanes + lane], |slope, moved| slope - moved);
                 let (scale, zero) = grids.at(column, lane);
                 let code = &mut state[column * lanes + lane];
-                let curvature = hessian[i * width + column] + damping[column];
+                let curvature = gram[i * width + column] + damping[column];
                 let wanted = (*code - zero) * scale + slope / curvature;
                 let next = (wanted / scale + zero).round_ties_even();
                 let next = next.clamp(0.0, self.problem.max_code());
@@ -655,11 +658,11 @@ impl InplaceOp1 for Descend<'_> {
         use launching::*;
         let args = [
             pointer(self.gradient)?,
-            pointer(self.hessian.gram)?,
-            pointer(&self.hessian.damping)?,
+            pointer(self.gram)?,
+            pointer(self.damping)?,
             pointer(self.scales)?,
             u32_arg(self.begin)?,
-            u32_arg(self.rows)?,
+            u32_arg(self.gram.dim(0)?)?,
         ];
         let threads = self.problem.block_threads();
         self.problem.launch("descend", (storage, layout), &args, threads)

@@ -68,8 +68,8 @@ pub(super) fn download<T: WithDType + bytemuck::Pod>(tensor: &Tensor, mark: &Mar
 
 /// Parked tensors that are on their way to the host, and still on the device, at a time.
 pub(crate) const LEAVING: usize = 2;
-/// Parked tensors that come back before they are used: those of a batch, while the one before it is computed.
-pub(crate) const AHEAD: usize = 3;
+/// Parked tensors that come back before they are used: those of two batches, while the one before them is computed.
+pub(crate) const AHEAD: usize = 4;
 
 /// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, while it computes: nobody
 /// waits. On a CUDA device it is page-locked, and kept for the next.
@@ -153,19 +153,19 @@ impl Parking {
         }
     }
 
-    /// The smallest buffer that is free and large enough, or a new one.
+    /// A free buffer, or a new one. One that is much too large, and will be missed where what fills it comes, is taken where there is no room left.
     #[cfg(feature = "cuda")]
     fn buffer(
         &mut self,
         device: &candle_core::CudaDevice,
         bytes: usize,
     ) -> Result<Option<pinned::HostBuffer>> {
-        let fitting = self
-            .free
-            .iter()
-            .enumerate()
-            .filter(|(_, buffer)| buffer.len() >= bytes);
-        if let Some((at, _)) = fitting.min_by_key(|(_, buffer)| buffer.len()) {
+        let smallest = (self.free.iter().enumerate())
+            .filter(|(_, buffer)| buffer.len() >= bytes)
+            .min_by_key(|(_, buffer)| buffer.len());
+        if let Some((at, buffer)) = smallest
+            && (buffer.len() <= 2 * bytes || self.taken + bytes > self.most)
+        {
             return Ok(Some(self.free.swap_remove(at)));
         }
         if self.taken + bytes > self.most {

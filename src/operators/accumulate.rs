@@ -2,7 +2,7 @@
 //! says that no worker has a batch of the step left, the step's owner hands the sums on.
 
 use super::activations::with_values;
-use super::local::Local;
+use super::local::{Local, Shared};
 use super::records::{Inputs, Merged, SiteInput, Summed};
 use crate::budget::Grant;
 use crate::device;
@@ -153,7 +153,11 @@ pub fn accumulate<'scope>(
                     }
                     for site in plan.step_sites(step).iter().copied().filter(|site| owned(*site)) {
                         let summed = plan.leads(step) && plan.is_summed(block, site);
-                        let take = || summed.then(|| local.shared.sums.take((step, site))).transpose();
+                        let take = || {
+                            let sums = summed.then(|| local.shared.sums.take((step, site))).transpose()?;
+                            empty_pools(&local.shared)?;
+                            Ok(sums)
+                        };
                         if let Some(statistics) = local.run("accumulate", take) {
                             output.session(&capability).give(Merged {
                                 block,
@@ -189,6 +193,11 @@ fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Res
             error.hint().unwrap_or_default(),
         )
     })
+}
+
+/// Before a step's sums are made, and before it is solved: the device is idle then, and what it holds free lies in pieces.
+fn empty_pools(shared: &Shared) -> Result<()> {
+    shared.tower.placement().empty_pools(shared.fit.pool_bytes())
 }
 
 fn poisoned() -> Error {

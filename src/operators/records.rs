@@ -1,7 +1,7 @@
 //! What travels between operators. Large content is behind an `Arc`: within a process only the pointer moves.
 
 use crate::budget::Grant;
-use crate::device::{self, solver::Solved, sums::Sums};
+use crate::device::{self, hessian::Symmetric, solver::Solved, sums::Sums};
 use crate::error::Result;
 use crate::model::SiteKind;
 use crate::numerics::QuantizedWeight;
@@ -112,8 +112,8 @@ pub enum SiteFactors {
     Device {
         /// By damping.
         factors: Vec<Arc<device::factor::Factor>>,
-        /// XᵀX over held-out tokens, whole.
-        held_out: Option<Tensor>,
+        /// XᵀX over held-out tokens.
+        held_out: Option<Symmetric>,
     },
 }
 

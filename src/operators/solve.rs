@@ -4,13 +4,12 @@ use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
 use super::records::{FactorFacts, Factored, Rows, SiteFactors, SolvedChunk};
 use crate::budget::Grant;
-use crate::device;
+use crate::device::{self, hessian::Symmetric};
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, gptq, output_error, round_to_nearest};
 use crate::system::thread_cpu;
-use candle_core::Tensor;
 use std::rc::Rc;
 use std::sync::Arc;
 use timely::dataflow::StreamVec;
@@ -115,7 +114,7 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
             let weights = given.tensor(local)?;
             best(factors.iter().map(|factor| {
                 let rows = device::solver::gptq(&weights, factor, grid, options)?;
-                let measure = |hessian: &Tensor| device::solver::output_error(&weights, &rows, hessian);
+                let measure = |hessian: &Symmetric| device::solver::output_error(&weights, &rows, hessian);
                 let damped = &factor.damped;
                 Ok(Solution {
                     facts: facts(damped.damp_percent, damped.retries, damped.dead),

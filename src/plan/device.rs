@@ -11,13 +11,15 @@ use crate::model::SiteKind;
 use crate::numerics::panels::Shape;
 
 /// Context, cuBLAS and cuSOLVER workspaces, kernels.
-const BASE_BYTES: u64 = 768 << 20;
+const BASE_BYTES: u64 = 816 << 20;
+/// The driver's pools hold more than tensors take, by a part in so many of a step's bytes (an H100: by 15 %).
+const POOL_PART: u64 = 6;
 /// Matrices `[width, rows]` that the solver has at a time: targets or codes, errors, and two of half the bytes for energies.
 const SOLVER_MATRICES: u64 = 3;
-/// Those of the refinement besides: the targets, two gradients, errors and temporaries, the codes of the round before.
-const REFINE_MATRICES: u64 = 7;
+/// Those of the refinement besides: the targets, a gradient, the codes of the round before or what it makes of them.
+const REFINE_MATRICES: u64 = 3;
 /// Those that make the targets where the original is matched, which go before the refinement begins.
-const MATCH_MATRICES: u64 = 4;
+const MATCH_MATRICES: u64 = 3;
 
 impl Plan {
     /// Fits what is on the device into `memory` bytes there, or else into what it has free; activations have what the largest step leaves.
@@ -31,7 +33,8 @@ impl Plan {
         let memory = memory.unwrap_or_else(|| placement.available_bytes());
         let load = &fit.load;
         let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
-        let fixed = BASE_BYTES + (0..self.steps()).map(bytes).max().unwrap_or(0);
+        let largest = (0..self.steps()).map(bytes).max().unwrap_or(0);
+        let fixed = BASE_BYTES + largest + largest / POOL_PART;
         if fixed > memory {
             return Err(Error::usage(
                 "--device-memory",
@@ -51,6 +54,17 @@ impl Plan {
             scratch_bytes: elsewhere - resident,
             ..fit
         })
+    }
+}
+
+impl Fit {
+    /// What the device's pools may hold before they are emptied of what is free: nothing where not all activations are in them, as what comes next
+    /// may need all of it in one piece.
+    pub fn pool_bytes(&self) -> u64 {
+        match self.resident_activation_bytes + self.scratch_bytes {
+            0 => self.peak_device_bytes.saturating_sub(BASE_BYTES),
+            _ => 0,
+        }
     }
 }
 
@@ -78,14 +92,15 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         Graph::DataFree => 0,
         _ => sites * (half(width) * (1 + held_out) + square(width) * matching),
     };
+    let triangles = |width: usize| match load.graph {
+        Graph::DataFree | Graph::Statistics { .. } => 0,
+        _ => half(width) * recipe.damp_percent.candidates().len() as u64,
+    };
+    // With the sums that the solver reads.
     let factor = |width: usize| match load.graph {
         Graph::DataFree | Graph::Statistics { .. } => 0,
-        _ => {
-            let kept = recipe.damp_percent.candidates().len() as u64;
-            half(width) * kept + square(width) * (refined + matching + held_out)
-        }
+        _ => triangles(width) + half(width) * (refined.max(matching) + held_out) + square(width) * matching,
     };
-    let factors = sites * factor(width);
     let waiting = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
     let batch = batch_bytes(plan, load, step, before);
     // Those that are written, and those that wait to be; a byte a weight.
@@ -102,10 +117,17 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
                 .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
                 .max();
             let matrices = SOLVER_MATRICES + (refined * REFINE_MATRICES).max(matching * MATCH_MATRICES);
-            factors + matrices * (rows.unwrap_or(0) * width * 8) as u64
+            let read = u64::from(refined + matching + held_out > 0);
+            let read_rows = read * (width * width.min(PANEL_ROWS) * 8) as u64;
+            sites * factor(width) + read_rows + matrices * (rows.unwrap_or(0) * width * 8) as u64
         }
     };
-    originals + behind + waiting + (carriers + batch + sums).max(sums + factors).max(solve)
+    originals
+        + behind
+        + waiting
+        + (carriers + batch + sums)
+            .max(sums + sites * triangles(width))
+            .max(solve)
 }
 
 /// What a batch takes on its way to a step, through the linears `before`, in one stream; the other stream's input waits.
@@ -127,8 +149,13 @@ fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) ->
     };
     // The residual, its norm and the norm in 16 bits; the site's input in as many, of each stream.
     let inputs = 3 * inner + width;
-    // Residuals and inputs of 16 bits on their way to the host and back, where not all of them have room here.
-    let parked = (LEAVING + AHEAD) as u64 * (4 * width.min(inner)).max(2 * width.max(inner));
+    // What is on its way to the host and back, where not all activations have room here: residuals, and inputs of 16 bits.
+    let (leaving, coming) = match site {
+        SiteKind::O | SiteKind::Down => (2 * width, 4 * inner),
+        SiteKind::ExpertDown(_) => (4 * inner, 4 * inner),
+        _ => (4 * width, (4 * width).max(2 * inner)),
+    };
+    let parked = LEAVING as u64 * leaving + AHEAD as u64 * coming;
     load.batch_tokens as u64 * ((copies * outputs + inputs) * 4 + parked)
         + PANEL_ROWS as u64 * width * 4
         + tile

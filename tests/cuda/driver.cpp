@@ -5,6 +5,7 @@
 // freed, or not yet written, is 0xff: NaN in every float.
 
 #include "device.h"
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -54,7 +55,12 @@ std::recursive_mutex mutex;
 std::deque<Stream> streams;
 // By their first bytes: tensors, and page-locked memory.
 std::map<uintptr_t, size_t> live, pinned;
-uint64_t used, most;
+
+struct Pool {
+    uint64_t used = 0, most = 0;
+};
+Pool default_pool, other_pool;
+std::map<uintptr_t, Pool *> pool_of;
 
 void reach(const Shared &point);
 
@@ -120,7 +126,7 @@ void free_now(uintptr_t place) {
     auto part = live.find(place);
     if (part == live.end()) stop("memory is freed twice");
     memset(reinterpret_cast<void *>(place), 0xff, part->second);
-    used -= part->second;
+    pool_of[place]->used -= part->second;
     live.erase(part);
     free(reinterpret_cast<void *>(place));
 }
@@ -190,17 +196,19 @@ int cuEventSynchronize(void *event) {
     return 0;
 }
 
-int cuMemAllocAsync(uintptr_t *place, size_t bytes, void *) {
+int cuMemAllocFromPoolAsync(uintptr_t *place, size_t bytes, Pool *pool, void *) {
     std::lock_guard guard(mutex);
     void *memory = malloc(bytes);
     if (!memory) return 2;
     memset(memory, 0xff, bytes);
     *place = reinterpret_cast<uintptr_t>(memory);
     live[*place] = bytes;
-    used += bytes;
-    most = used > most ? used : most;
+    pool_of[*place] = pool;
+    pool->used += bytes;
+    pool->most = std::max(pool->most, pool->used);
     return 0;
 }
+int cuMemAllocAsync(uintptr_t *place, size_t bytes, void *stream) { return cuMemAllocFromPoolAsync(place, bytes, &default_pool, stream); }
 int cuMemFreeAsync(uintptr_t place, void *stream) { return ask(stream, [=] { free_now(place); }), 0; }
 int cuMemHostAlloc(void **place, size_t bytes, unsigned) {
     std::lock_guard guard(mutex);
@@ -217,6 +225,16 @@ int cuMemFreeHost(void *place) {
     memset(place, 0xff, part->second);
     pinned.erase(part);
     return free(place), 0;
+}
+int cuMemHostRegister_v2(void *place, size_t bytes, unsigned) {
+    std::lock_guard guard(mutex);
+    pinned[reinterpret_cast<uintptr_t>(place)] = bytes;
+    return 0;
+}
+int cuMemHostUnregister(void *place) {
+    std::lock_guard guard(mutex);
+    if (!pinned.erase(reinterpret_cast<uintptr_t>(place))) stop("memory is unlocked that was not locked");
+    return 0;
 }
 int cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, void *stream) {
     std::lock_guard guard(mutex);
@@ -254,15 +272,17 @@ int cuMemsetD8Async(uintptr_t to, unsigned char value, size_t bytes, void *strea
 int cuMemGetInfo_v2(size_t *free, size_t *total) {
     std::lock_guard guard(mutex);
     *total = size_t{8} << 30;
-    return *free = *total - used, 0;
+    return *free = *total - default_pool.used - other_pool.used, 0;
 }
-int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &live, 0; }
-int cuMemPoolSetAttribute(void *, int, void *) { return 0; }
-int cuMemPoolGetAttribute(void *, int attribute, void *value) {
+int cuDeviceGetDefaultMemPool(Pool **pool, int) { return *pool = &default_pool, 0; }
+int cuMemPoolCreate(Pool **pool, const void *) { return *pool = &other_pool, 0; }
+int cuMemPoolTrimTo(Pool *, size_t) { return 0; }
+int cuMemPoolSetAttribute(Pool *, int, void *) { return 0; }
+int cuMemPoolGetAttribute(const Pool *pool, int attribute, void *value) {
     std::lock_guard guard(mutex);
     enum { RESERVED_HIGH = 6, USED_HIGH = 8 };
     bool high = attribute == RESERVED_HIGH || attribute == USED_HIGH;
-    return *static_cast<uint64_t *>(value) = high ? most : used, 0;
+    return *static_cast<uint64_t *>(value) = high ? pool->most : pool->used, 0;
 }
 
 int cuModuleLoadData(void **module, const void *) { return *module = &streams, 0; }

@@ -163,8 +163,9 @@ proptest! {
         let max_code = f64::from(grid.max_code());
         let before: Vec<f64> = (0..2 * width * lanes).map(|i| (i % (grid.max_code() as usize + 1)) as f64).collect();
         let mut state = before.clone();
+        let gram = &hessian[begin * width..][..rows * width];
         let args = [
-            to(&mut state), of(&gradient), of(&hessian), of(&damping), of(&scales), number(begin), number(rows), number(width),
+            to(&mut state), of(&gradient), of(gram), of(&damping), of(&scales), number(begin), number(rows), number(width),
             number(lanes), number(grid.group_size), Arg::F64(max_code),
         ];
         run("descend", (lanes, 1), 64, &args);

@@ -28,17 +28,18 @@ KERNEL ordered(double *out, const long long *sums, const double *inverse, const 
   out[upper(row, column, width, panel)] = row == column ? diagonal[a] : symmetric(sums, inverse, width, panel, a, b);
 }
 
-// out = H, whole.
-KERNEL whole(double *out, const long long *sums, const double *inverse, unsigned width, unsigned panel) {
-  unsigned column = thread_x(), row = blockIdx.y;
+// Rows first.. of H, whole.
+KERNEL whole_rows(double *out, const long long *sums, const double *inverse, unsigned first, unsigned width, unsigned panel) {
+  unsigned column = thread_x(), row = first + blockIdx.y;
   if (column >= width) return;
-  out[at(row, width, column)] = symmetric(sums, inverse, width, panel, row, column);
+  out[at(blockIdx.y, width, column)] = symmetric(sums, inverse, width, panel, row, column);
 }
 
-// out = M - H, whole; M in `cross`, whole.
-KERNEL shift(double *out, const long long *sums, const double *inverse, const long long *cross, unsigned width, unsigned panel) {
-  unsigned column = thread_x(), row = blockIdx.y;
+// Rows first.. of M - H; `cross` has all of M.
+KERNEL shift_rows(double *out, const long long *sums, const double *inverse, const long long *cross, unsigned first, unsigned width,
+                  unsigned panel) {
+  unsigned column = thread_x(), row = first + blockIdx.y;
   if (column >= width) return;
   double m = (double)cross[at(row, width, column)] * inverse[row] * inverse[column];
-  out[at(row, width, column)] = m - symmetric(sums, inverse, width, panel, row, column);
+  out[at(blockIdx.y, width, column)] = m - symmetric(sums, inverse, width, panel, row, column);
 }

@@ -124,9 +124,8 @@ KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRI
 }
 
 // The columns begin.. in original order, at most BLOCK, from the first to the last: moves each code to the grid point nearest to its
-// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes]. In parts, as `sweep`.
-KERNEL descend(double *state, const double *RESTRICT gradient, const double *RESTRICT hessian, const double *RESTRICT damping,
-               const double *RESTRICT scales, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
+// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes], `gram` these rows of XᵀX, [rows, width]. In parts, as `sweep`.
+KERNEL descend(double *state, const double *RESTRICT gradient, const double *RESTRICT gram, const double *RESTRICT damping, const double *RESTRICT scales, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
                double max_code) {
   __shared__ double moves[BLOCK * THREADS];
   unsigned lane = thread_x(), groups = width / group;
@@ -144,7 +143,7 @@ KERNEL descend(double *state, const double *RESTRICT gradient, const double *RES
       zero[k] = scales[at(groups + g, lanes, lane)];
     }
     for (unsigned j = 0; j < first; j++) {
-      const double *h = hessian + at(begin + j, width, begin + first);
+      const double *h = gram + at(j, width, begin + first);
       double step = mine[j * THREADS];
       UNROLL for (unsigned k = 0; k < PART; k++) {
         if (k < count) slope[k] -= step * h[k];
@@ -153,7 +152,7 @@ KERNEL descend(double *state, const double *RESTRICT gradient, const double *RES
     UNROLL for (unsigned i = 0; i < PART; i++) {
       if (i >= count) continue;
       size_t column = begin + first + i;
-      const double *h = hessian + at(column, width, begin + first);
+      const double *h = gram + at(first + i, width, begin + first);
       double wanted = (codes[i] - zero[i]) * scale[i] + slope[i] / (h[i] + damping[column]);
       double next = clamp_code(rint(wanted / scale[i] + zero[i]), max_code), step = (next - codes[i]) * scale[i];
       mine[(first + i) * THREADS] = step;
