@@ -69,14 +69,18 @@ impl Checkpoint {
     /// # Errors
     /// Whatever is missing, truncated, overlapping or outside the directory, by file and tensor.
     pub fn open(folder: &Path) -> Result<Self> {
-        if !folder.is_dir() {
+        let config = folder.join("config.json");
+        if !config.exists() {
             return Err(Error::invalid(
                 folder.display().to_string(),
-                "is not a directory",
+                match folder.is_dir() {
+                    true => "has no config.json",
+                    false => "is not a directory",
+                },
                 "give a Hugging Face checkpoint directory: one with config.json and *.safetensors",
             ));
         }
-        let config = read_json(&folder.join("config.json"))?;
+        let config = read_json(&config)?;
         let index_path = folder.join("model.safetensors.index.json");
         let (files, index) = if index_path.exists() {
             let index = read_index(&index_path)?;

@@ -14,8 +14,8 @@ use super::sites::LinearSpec;
 use super::spec::MixtureSpec;
 use crate::device;
 use crate::error;
-use crate::numerics::routing::{self, Routing};
-use candle_core::{Result, Tensor};
+use crate::numerics::routing::{self, Dispatch, Routing};
+use candle_core::{Device, Result, Tensor};
 
 /// What a mixture has besides its experts.
 #[derive(Clone, Debug)]
@@ -28,15 +28,57 @@ pub struct MixtureWeights {
     pub shared_gate: Option<Linear>,
 }
 
-/// The tokens that are sent to one expert.
+/// What each expert is sent of a batch.
 #[derive(Clone, Debug)]
 pub struct Sent {
-    /// Their inputs, `[sent, hidden]`.
-    pub rows: Tensor,
-    /// Which tokens they are, rising.
-    pub tokens: Vec<u32>,
+    dispatch: Dispatch,
+    /// The same where the model runs: u32, and f32.
+    tokens: Tensor,
+    gates: Tensor,
+}
+
+impl Sent {
+    fn new(dispatch: Dispatch, device: &Device) -> Result<Self> {
+        Ok(Self {
+            tokens: Tensor::new(&dispatch.tokens[..], device)?,
+            gates: Tensor::new(&dispatch.gates[..], device)?,
+            dispatch,
+        })
+    }
+
+    /// The tokens that are sent to `expert`, rising.
+    pub fn tokens(&self, expert: usize) -> &[u32] {
+        &self.dispatch.tokens[self.dispatch.of(expert)]
+    }
+
     /// What the expert's output is multiplied by, for each.
-    pub gates: Vec<f32>,
+    pub fn gates(&self, expert: usize) -> &[f32] {
+        &self.dispatch.gates[self.dispatch.of(expert)]
+    }
+
+    /// Their rows of `x`, `[tokens, width]`; `None` where nothing is sent.
+    pub fn rows(&self, expert: usize, x: &Tensor) -> Result<Option<Tensor>> {
+        match self.dispatch.of(expert).is_empty() {
+            true => Ok(None),
+            false => Ok(Some(x.index_select(&self.part(&self.tokens, expert)?, 0)?)),
+        }
+    }
+
+    /// These `rows`, times their gates.
+    pub fn gated(&self, expert: usize, rows: &Tensor) -> Result<Tensor> {
+        rows.broadcast_mul(&self.part(&self.gates, expert)?.unsqueeze(1)?)
+    }
+
+    /// Adds the expert's output `y`, times its gates, to the tokens' rows of `out`.
+    pub fn add(&self, expert: usize, out: &Tensor, y: &Tensor) -> Result<()> {
+        let (tokens, gates) = (self.part(&self.tokens, expert)?, self.part(&self.gates, expert)?);
+        ops::add_gated_rows(out, y, &tokens, &gates)
+    }
+
+    fn part(&self, of: &Tensor, expert: usize) -> Result<Tensor> {
+        let sent = self.dispatch.of(expert);
+        of.narrow(0, sent.start, sent.len())
+    }
 }
 
 impl Block {
@@ -58,14 +100,10 @@ impl Block {
         ))
     }
 
-    /// What of `x`, the input of gate and up, is sent to `expert`; `None` where nothing is.
-    pub fn sent_to(&self, expert: usize, x: &Tensor, routing: &Routing) -> Result<Option<Sent>> {
-        let (tokens, gates) = routing.tokens_of(expert);
-        if tokens.is_empty() {
-            return Ok(None);
-        }
-        let rows = x.index_select(&Tensor::new(tokens.as_slice(), x.device())?, 0)?;
-        Ok(Some(Sent { rows, tokens, gates }))
+    /// input of gate and up → what each expert is sent of it
+    pub fn dispatch(&self, x: &Tensor) -> Result<Sent> {
+        let (spec, _) = self.mixture()?;
+        Sent::new(self.route(x)?.dispatch(spec.routing.experts), x.device())
     }
 
     /// input of gate and up → the shared expert's gate of each token, `[tokens, 1]`, where it has one
@@ -91,12 +129,12 @@ impl Block {
             Ok(linear(&down)?.forward(&inner)?)
         };
         let hidden = self.spec.hidden_size;
-        let routing = self.route(x)?;
+        let sent = self.dispatch(x)?;
         let out = x.zeros_like()?;
         for expert in 0..spec.routing.experts {
-            if let Some(sent) = self.sent_to(expert, x, &routing)? {
-                let y = run(&sent.rows, spec.expert_linears(hidden, expert))?;
-                ops::add_gated_rows(&out, &y, &sent.tokens, &sent.gates)?;
+            if let Some(rows) = sent.rows(expert, x)? {
+                let y = run(&rows, spec.expert_linears(hidden, expert))?;
+                sent.add(expert, &out, &y)?;
             }
         }
         let Some(shared) = spec.shared_linears(hidden) else {

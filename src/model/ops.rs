@@ -33,8 +33,8 @@ pub fn attention(
     }
 }
 
-/// `out[tokens[i]] += gates[i] * rows[i]`, in place: `out` is `[tokens, width]`, `rows` `[tokens.len(), width]`.
-pub fn add_gated_rows(out: &Tensor, rows: &Tensor, tokens: &[u32], gates: &[f32]) -> Result<()> {
+/// `out[tokens[i]] += gates[i] * rows[i]`, in place: `out` is `[tokens, width]`, `rows` `[sent, width]`, `tokens` u32 and `gates` f32 `[sent]`.
+pub fn add_gated_rows(out: &Tensor, rows: &Tensor, tokens: &Tensor, gates: &Tensor) -> Result<()> {
     out.inplace_op2(rows, &AddGatedRows { tokens, gates })
 }
 
@@ -100,8 +100,8 @@ impl CustomOp3 for Attention<'_> {
 }
 
 struct AddGatedRows<'a> {
-    tokens: &'a [u32],
-    gates: &'a [f32],
+    tokens: &'a Tensor,
+    gates: &'a Tensor,
 }
 
 impl InplaceOp2 for AddGatedRows<'_> {
@@ -112,21 +112,19 @@ impl InplaceOp2 for AddGatedRows<'_> {
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
         let rows = contiguous(s2, l2)?;
         let (_, width) = l1.shape().dims2()?;
-        add_gated_rows_kernel(contiguous_mut(s1, l1)?, rows, self.tokens, self.gates, width);
+        let (tokens, gates) = (self.tokens.to_vec1()?, self.gates.to_vec1()?);
+        add_gated_rows_kernel(contiguous_mut(s1, l1)?, rows, &tokens, &gates, width);
         Ok(())
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s1: &mut CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<()> {
         let (rows, width) = l2.shape().dims2()?;
-        let device = candle_core::Device::Cuda(s1.device.clone());
-        let tokens = Tensor::from_slice(self.tokens, rows, &device)?;
-        let gates = Tensor::from_slice(self.gates, rows, &device)?;
         let args = [
             cuda::pointer_at(s1, l1)?,
             cuda::pointer_at(s2, l2)?,
-            cuda::pointer(&tokens)?,
-            cuda::pointer(&gates)?,
+            cuda::pointer(self.tokens)?,
+            cuda::pointer(self.gates)?,
             cuda::u32_arg(width)?,
         ];
         cuda::launch(

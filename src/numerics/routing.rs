@@ -2,6 +2,7 @@
 //! transformers' routers (`MixtralTopKRouter`, `Qwen2MoeTopKRouter`, `DeepseekV2TopkRouter`, `DeepseekV3TopkRouter`, `GptOssTopKRouter`).
 
 use super::elementwise::softmax;
+use std::ops::Range;
 
 /// What DeepSeek-V3 adds to the sum that its gates are divided by.
 const GATE_SUM_MIN: f32 = 1e-20;
@@ -55,12 +56,49 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// The tokens that are sent to `expert`, in their order, with their gates.
-    pub fn tokens_of(&self, expert: usize) -> (Vec<u32>, Vec<f32>) {
-        let sent = self.experts.iter().zip(&self.gates).enumerate();
-        sent.filter(|(_, (chosen, _))| **chosen as usize == expert)
-            .map(|(place, (_, gate))| ((place / self.experts_per_token) as u32, *gate))
-            .unzip()
+    /// The tokens of each of so many experts.
+    ///
+    /// # Panics
+    /// A token is sent to an expert beyond them.
+    pub fn dispatch(&self, experts: usize) -> Dispatch {
+        let mut begins = vec![0; experts + 1];
+        for &expert in &self.experts {
+            begins[expert as usize + 1] += 1;
+        }
+        for expert in 0..experts {
+            begins[expert + 1] += begins[expert];
+        }
+        let mut next = begins.clone();
+        let (mut tokens, mut gates) = (vec![0; self.experts.len()], vec![0.0; self.experts.len()]);
+        for (place, (&expert, &gate)) in self.experts.iter().zip(&self.gates).enumerate() {
+            let at = &mut next[expert as usize];
+            tokens[*at] = (place / self.experts_per_token) as u32;
+            gates[*at] = gate;
+            *at += 1;
+        }
+        Dispatch {
+            tokens,
+            gates,
+            begins,
+        }
+    }
+}
+
+/// What each expert is sent, one expert after the other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dispatch {
+    /// Tokens, rising within an expert.
+    pub tokens: Vec<u32>,
+    /// The gate of each.
+    pub gates: Vec<f32>,
+    /// Where each expert's begin, and where the last one's end.
+    begins: Vec<usize>,
+}
+
+impl Dispatch {
+    /// Where those of `expert` are.
+    pub fn of(&self, expert: usize) -> Range<usize> {
+        self.begins[expert]..self.begins[expert + 1]
     }
 }
 
@@ -232,10 +270,11 @@ mod tests {
             let routing = route(&logits, correction, rule);
             let want = reference(&logits, correction, rule);
             prop_assert_eq!(routing.experts.len(), rule.experts_per_token);
+            let dispatch = routing.dispatch(experts);
             for (expert, &want) in want.iter().enumerate() {
-                let (tokens, gates) = routing.tokens_of(expert);
-                prop_assert!(tokens.iter().all(|&token| token == 0) && tokens.len() <= 1);
-                let ours = gates.first().copied().map_or(0.0, f64::from);
+                let sent = dispatch.of(expert);
+                prop_assert!(dispatch.tokens[sent.clone()].iter().all(|&token| token == 0) && sent.len() <= 1);
+                let ours = dispatch.gates[sent].first().copied().map_or(0.0, f64::from);
                 prop_assert!((ours - want).abs() < GATE_TOLERANCE, "expert {expert}: {ours} != {want}");
             }
         }
@@ -254,7 +293,9 @@ mod tests {
         let routing = route(&[1.0; 8], None, rule);
         assert_eq!(routing.experts, [0, 1, 0, 1]);
         assert_eq!(routing.gates, [0.5; 4]);
-        assert_eq!(routing.tokens_of(1), (vec![0, 1], vec![0.5, 0.5]));
+        let dispatch = routing.dispatch(4);
+        assert_eq!((dispatch.of(1), dispatch.of(3)), (2..4, 4..4));
+        assert_eq!(dispatch.tokens, [0, 1, 0, 1]);
         assert_eq!(route(&[f32::NAN; 4], None, rule).experts.len(), 2);
     }
 

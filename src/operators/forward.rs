@@ -121,7 +121,7 @@ impl<'a> Passage<'a> {
     }
 
     /// A site's input as its linears take it: it is kept and summed so, too.
-    fn rounded(&self, x: Tensor) -> Result<Tensor> {
+    pub(super) fn rounded(&self, x: Tensor) -> Result<Tensor> {
         Ok(x.to_dtype(self.local.shared.tower.precision())?)
     }
 

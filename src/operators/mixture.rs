@@ -11,32 +11,60 @@ use super::forward::Passage;
 use super::local::{Local, Pass};
 use super::records::SiteInput;
 use crate::error::{Error, Result};
-use crate::model::{Block, Linear, SiteKind, ops};
-use crate::numerics::routing::Routing;
-use candle_core::Tensor;
+use crate::model::mixture::Sent;
+use crate::model::{Block, Linear, SiteKind};
+use candle_core::{DType, Tensor};
 use std::sync::Arc;
 
 /// A batch before the experts, in one stream.
 struct Routed {
     layer: Arc<Block>,
+    /// As the experts' linears take it.
     x: Tensor,
-    routing: Routing,
+    sent: Sent,
 }
 
 impl Routed {
     fn new(passage: &Passage<'_>, block: usize) -> Result<Self> {
         let layer = passage.layer(block)?;
         let x = layer.mlp_input(&passage.get(Slot::Residual)?)?;
-        let routing = layer.route(&x)?;
-        Ok(Self { layer, x, routing })
+        let sent = layer.dispatch(&x)?;
+        let x = passage.rounded(x)?;
+        Ok(Self { layer, x, sent })
     }
 
-    /// From these tokens to the input of an expert's down; `None` where there are none.
-    fn inner(&self, tokens: &[u32], gate_up: &[Linear]) -> Result<Option<Tensor>> {
-        match tokens.is_empty() {
-            true => Ok(None),
-            false => Ok(Some(self.layer.gate(&select(&self.x, tokens)?, gate_up)?)),
+    /// The rows that are `wanted` of the input of an expert's down, of which `inner` has those of the tokens that it is sent.
+    fn summed(
+        &self,
+        expert: usize,
+        inner: Option<&Tensor>,
+        wanted: &Wanted,
+        gate_up: &[Linear],
+    ) -> Result<Option<Tensor>> {
+        let own = self.sent.tokens(expert);
+        match inner {
+            _ if wanted.tokens.is_empty() => return Ok(None),
+            Some(inner) if wanted.tokens == own && wanted.weights == self.sent.gates(expert) => {
+                return Ok(Some(self.sent.gated(expert, inner)?));
+            }
+            _ => {}
         }
+        // What goes on is computed by itself, so that it is the same bits whatever else is summed.
+        let mut others = wanted.tokens.clone();
+        others.retain(|token| own.binary_search(token).is_err());
+        let more = match others.is_empty() {
+            true => None,
+            false => Some(self.layer.gate(&select(&self.x, &others)?, gate_up)?),
+        };
+        let parts: Vec<&Tensor> = inner.into_iter().chain(&more).collect();
+        let mut place = vec![0u32; self.x.dim(0)?];
+        for (row, &token) in own.iter().chain(&others).enumerate() {
+            place[token as usize] = row as u32;
+        }
+        let places: Vec<u32> = wanted.tokens.iter().map(|&t| place[t as usize]).collect();
+        let weights = Tensor::new(&wanted.weights[..], self.x.device())?;
+        let rows = select(&Tensor::cat(&parts, 0)?, &places)?;
+        Ok(Some(rows.broadcast_mul(&weights.unsqueeze(1)?)?))
     }
 }
 
@@ -115,30 +143,10 @@ fn group(
     let linears = passage.linears(step - 1)?;
     let (mut kept, mut rows) = (Vec::new(), Vec::new());
     for ((&site, wanted), gate_up) in sites.iter().zip(wanted).zip(linears.chunks_exact(2)) {
-        let (own, _) = routed.routing.tokens_of(expert_of(site)?);
-        // By itself, so that what goes on is the same bits whatever else is summed.
-        let inner = routed.inner(&own, gate_up)?;
-        let others: Vec<u32> = wanted
-            .tokens
-            .iter()
-            .copied()
-            .filter(|t| own.binary_search(t).is_err())
-            .collect();
-        let more = routed.inner(&others, gate_up)?;
-        let parts: Vec<&Tensor> = inner.iter().chain(&more).collect();
-        rows.push(match (wanted.tokens.is_empty(), &parts[..]) {
-            (true, _) | (_, []) => None,
-            (false, parts) => {
-                let mut place = vec![0u32; routed.x.dim(0)?];
-                for (row, &token) in own.iter().chain(&others).enumerate() {
-                    place[token as usize] = row as u32;
-                }
-                let places: Vec<u32> = wanted.tokens.iter().map(|&t| place[t as usize]).collect();
-                let weights = Tensor::new(&wanted.weights[..], routed.x.device())?;
-                let rows = select(&Tensor::cat(parts, 0)?, &places)?;
-                Some(rows.broadcast_mul(&weights.unsqueeze(1)?)?)
-            }
-        });
+        let expert = expert_of(site)?;
+        let own = routed.sent.rows(expert, &routed.x)?;
+        let inner = own.map(|own| routed.layer.gate(&own, gate_up)).transpose()?;
+        rows.push(routed.summed(expert, inner.as_ref(), wanted, gate_up)?);
         kept.extend(inner);
     }
     if !kept.is_empty() {
@@ -159,7 +167,7 @@ fn wanted(local: &Local, step: u64, position: usize, site: SiteKind, routed: &Ro
             weights: vec![1.0; all as usize],
         });
     }
-    let (tokens, weights) = routed.routing.tokens_of(expert);
+    let (tokens, weights) = (routed.sent.tokens(expert), routed.sent.gates(expert));
     let width = shared.tower.spec.block.site_width(&routed.layer.layer, site);
     let borrowed = match shared.pass {
         // An artifact's sums are of each batch by itself.
@@ -170,10 +178,13 @@ fn wanted(local: &Local, step: u64, position: usize, site: SiteKind, routed: &Ro
         }
     };
     if borrowed == 0.0 {
-        return Ok(Wanted { tokens, weights });
+        return Ok(Wanted {
+            tokens: tokens.to_vec(),
+            weights: weights.to_vec(),
+        });
     }
     let mut factors = vec![borrowed; all as usize];
-    for (token, gate) in tokens.into_iter().zip(weights) {
+    for (&token, &gate) in tokens.iter().zip(weights) {
         factors[token as usize] = gate;
     }
     Ok(Wanted {
@@ -202,18 +213,19 @@ pub(super) fn add_outputs(passage: &Passage<'_>, step: u64) -> Result<Tensor> {
         };
         return Ok((sum + y)?);
     }
-    let Routed { x, routing, .. } = Routed::new(passage, block)?;
+    let Routed { x, sent, .. } = Routed::new(passage, block)?;
     let sum = match sum {
         Some(sum) => sum,
-        None => x.zeros_like()?,
+        None => Tensor::zeros(x.shape(), DType::F32, x.device())?,
     };
     let mut begin = 0;
     for (&site, down) in plan.step_sites(step).iter().zip(linears.iter()) {
-        let (tokens, gates) = routing.tokens_of(expert_of(site)?);
-        if let (false, Some(inner)) = (tokens.is_empty(), &inner) {
-            let y = down.forward(&inner.narrow(0, begin, tokens.len())?)?;
-            ops::add_gated_rows(&sum, &y, &tokens, &gates)?;
-            begin += tokens.len();
+        let expert = expert_of(site)?;
+        let count = sent.tokens(expert).len();
+        if let (1.., Some(inner)) = (count, &inner) {
+            let y = down.forward(&inner.narrow(0, begin, count)?)?;
+            sent.add(expert, &sum, &y)?;
+            begin += count;
         }
     }
     Ok(sum)
