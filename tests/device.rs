@@ -4,7 +4,7 @@
 mod artifacts;
 
 use crate::mixtures;
-use crate::quantize::{job, run};
+use crate::quantize::{calibrate, job, run};
 use crate::reference;
 use crate::watch::Watch;
 use candle_core::{DType, Device, Tensor};
@@ -358,28 +358,32 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
     }
 }
 
-/// Where the device has room for all activations, the probe's among them: no file can be made in this scratch folder.
+/// Where the device has room for all activations, the probe's among them, or the memory has: no file can be made in this scratch folder.
 #[test]
 #[cfg(target_os = "linux")]
-fn what_a_device_has_room_for_stays_there() {
+fn activations_stay_where_there_is_room() {
     let folder = tempfile::tempdir().unwrap();
     for (index, placement) in placements().into_iter().enumerate() {
-        let job = |memory: Option<u64>| Job {
+        // Batches of more tokens than the probe.
+        let job = |name: &str| Job {
             placement: placement.clone(),
+            calibration: calibrate(4, 1024),
             scratch: Some("/proc".into()),
-            memory,
-            ..job(&folder.path().join(format!("{index}-{}", memory.is_some())))
+            ..job(&folder.path().join(format!("{index}-{name}")))
         };
-        run(&job(None)).unwrap();
+        let whole = run(&job("device")).unwrap();
+        let (_, plan) = job("device").plan().unwrap();
+        let fit = job("device").fit(&plan).unwrap();
+        let in_memory = Job {
+            device_memory: Some(fit.peak_device_bytes - fit.device_activation_bytes),
+            ..job("memory")
+        };
+        assert_eq!(run(&in_memory).unwrap().output_digest, whole.output_digest);
         // Neither on the device nor in memory.
-        let (_, plan) = job(None).plan().unwrap();
-        let fit = job(None).fit(&plan).unwrap();
-        let least = fit.peak_device_bytes - fit.device_activation_bytes;
         let error = run(&Job {
-            device_memory: Some(least),
-            ..job(Some(
-                (fit.peak_host_bytes - fit.resident_activation_bytes) * 10 / 9 + 64,
-            ))
+            memory: Some((fit.peak_host_bytes - fit.resident_activation_bytes) * 10 / 9 + 64),
+            output: folder.path().join(format!("{index}-nowhere")),
+            ..in_memory
         });
         assert!(error.is_err_and(|error| error.to_string().contains("scratch")));
     }

@@ -153,7 +153,7 @@ impl Parking {
         }
     }
 
-    /// A free buffer, or a new one. One that is much too large, and will be missed where what fills it comes, is taken where there is no room left.
+    /// A free buffer, or a new one. One that is too large, and would be missed where what fills it comes, is taken only where there is no room left.
     #[cfg(feature = "cuda")]
     fn buffer(
         &mut self,
@@ -164,7 +164,7 @@ impl Parking {
             .filter(|(_, buffer)| buffer.len() >= bytes)
             .min_by_key(|(_, buffer)| buffer.len());
         if let Some((at, buffer)) = smallest
-            && (buffer.len() <= 2 * bytes || self.taken + bytes > self.most)
+            && (buffer.len() == bytes || self.taken + bytes > self.most)
         {
             return Ok(Some(self.free.swap_remove(at)));
         }
