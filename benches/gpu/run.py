@@ -12,9 +12,10 @@ being named after shape, sizes and device. The tables:
   causal attention; XᵀX of each distinct input as a triangle; n³/3 a factor; rows x n² a solve; the weights of the blocks, once over the bus.
   Operators run beside one another; in a build for the CPU their seconds are CPU seconds of all workers.
 - programs: quantflow with --match-original 0, which is plain GPTQ, as the peers'; on a GPU again with the smallest --device-memory that it takes
-  (`least`), and with the default recipe (`default`: the original is matched, two rounds of refinement). Seconds without the loading of Python modules, with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use
-  before; the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a peer fails or is not there, the row has its error's
-  last line, and gptq_torch.py, which renders their common loop, runs besides.
+  (`least`); with the default recipe (`default`: the original is matched, two rounds of refinement). Seconds without the loading of Python modules,
+  with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use before;
+  the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a peer fails or is not there, the row has its error's last
+  line, and gptq_torch.py, which renders their common loop, runs besides.
 
 The target for an 8B shape: under 60 s, at least 5 times faster than either peer, at most half their device memory.
 
@@ -210,10 +211,10 @@ def measure_peer(a, peer):
         command = [sys.executable, HERE / "peers.py", peer, model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
         return child(command + ["--device", a.device], a)
 
-    *first, result = warmed(run, a, *fewer, layers)
-    if first:
-        (first,) = first
-        more = result["seconds"]["quantize"] - first["seconds"]["quantize"]
+    results = warmed(run, a, *fewer, layers)
+    result = results[-1]
+    if len(results) == 2:
+        more = result["seconds"]["quantize"] - results[0]["seconds"]["quantize"]
         result["block_seconds"] = more / (layers - fewer[0])
     return result
 

@@ -32,7 +32,7 @@ impl Symmetric {
 
     /// Some rows, `[rows, width]`.
     pub(super) fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
-        self.fill_rows(rows, &With::Nothing)
+        self.fill_rows(rows, With::Nothing)
     }
 
     /// `H · values + damping · values`, for `[width, lanes]` and a diagonal `[width]`.
@@ -57,12 +57,12 @@ impl Symmetric {
         out.values().inplace_op1(&Fill {
             of: self,
             rows: 0..self.sums.width(),
-            with: &With::Order { order, diagonal },
+            with: With::Order { order, diagonal },
         })?;
         Ok(out)
     }
 
-    fn fill_rows(&self, rows: Range<usize>, with: &With) -> Result<Tensor> {
+    fn fill_rows(&self, rows: Range<usize>, with: With<'_>) -> Result<Tensor> {
         let size = (rows.len(), self.sums.width());
         let out = Tensor::zeros(size, DType::F64, self.sums.values().device())?;
         out.inplace_op1(&Fill { of: self, rows, with })?;
@@ -74,13 +74,12 @@ impl Symmetric {
 #[derive(Clone, Debug)]
 pub(super) struct Shift {
     gram: Symmetric,
-    cross: With,
+    cross: Panels,
 }
 
 impl Shift {
     /// For the sums of `X̃ᵀX` and `XᵀX`.
     pub(super) fn new(cross: Panels, gram: Symmetric) -> Self {
-        let cross = With::Cross(cross);
         Self { gram, cross }
     }
 
@@ -89,7 +88,7 @@ impl Shift {
         let mut out = values.zeros_like()?;
         for rows in self.gram.sums.panel_rows() {
             let values = values.narrow(0, rows.start, rows.len())?;
-            let rows = self.gram.fill_rows(rows, &self.cross)?;
+            let rows = self.gram.fill_rows(rows, With::Cross(&self.cross))?;
             out = (out + product(&rows.t()?, &values)?)?;
         }
         Ok(out)
@@ -97,10 +96,9 @@ impl Shift {
 }
 
 /// What is made of H.
-#[derive(Clone, Debug)]
-enum With {
+enum With<'a> {
     Nothing,
-    Cross(Panels),
+    Cross(&'a Panels),
     Order { order: Tensor, diagonal: Tensor },
 }
 
@@ -108,7 +106,7 @@ enum With {
 struct Fill<'a> {
     of: &'a Symmetric,
     rows: Range<usize>,
-    with: &'a With,
+    with: With<'a>,
 }
 
 impl InplaceOp1 for Fill<'_> {
@@ -129,7 +127,7 @@ impl InplaceOp1 for Fill<'_> {
             inverse: doubles(&self.of.inverse)?,
         };
         let places = |i: usize| (self.rows.start + i / width, i % width);
-        match self.with {
+        match &self.with {
             With::Nothing => {
                 for (i, out) in matrix_mut(storage, layout)?.iter_mut().enumerate() {
                     let (row, column) = places(i);
@@ -171,7 +169,7 @@ impl InplaceOp1 for Fill<'_> {
             pointer(sums.values())?,
             pointer(&self.of.inverse)?,
         ];
-        match self.with {
+        match &self.with {
             With::Nothing => args.push(u32_arg(self.rows.start)?),
             With::Cross(cross) => args.extend([pointer(cross.values())?, u32_arg(self.rows.start)?]),
             With::Order { order, diagonal } => args.extend([pointer(order)?, pointer(diagonal)?]),

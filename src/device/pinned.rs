@@ -229,27 +229,36 @@ struct Locked {
 
 impl Locked {
     fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
-        let memory = MmapMut::map_anon(bytes.max(1))?;
+        let mut memory = MmapMut::map_anon(bytes.max(1))?;
         // Where the system has neither, pages are small, and touched when they are locked.
         memory.advise(Advice::HugePage).ok();
         memory.advise(Advice::PopulateWrite).ok();
         context.bind_to_thread().w()?;
         // SAFETY: the memory is unlocked before it is unmapped.
-        unsafe { sys::cuMemHostRegister_v2(memory.as_ptr().cast_mut().cast(), memory.len(), 0) }
+        unsafe { sys::cuMemHostRegister_v2(memory.as_mut_ptr().cast(), memory.len(), 0) }
             .result()
             .w()?;
         let context = Arc::clone(context);
         Ok(Self { context, memory })
     }
+
+    fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    fn start(&self) -> *mut u8 {
+        self.memory.as_ptr().cast_mut()
+    }
 }
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        let place = self.memory.as_mut_ptr().cast();
         // Where the device has failed, whoever asks it next is told.
         if self.context.bind_to_thread().is_ok() {
             // SAFETY: it was locked when it was made, and nobody copies to it or from it any more.
-            unsafe { sys::cuMemHostUnregister(place) }.result().ok();
+            unsafe { sys::cuMemHostUnregister(self.start().cast()) }
+                .result()
+                .ok();
         }
     }
 }
@@ -259,24 +268,21 @@ impl Drop for Locked {
 pub(crate) struct HostBuffer {
     traffic: Rc<Traffic>,
     memory: Locked,
-    start: usize,
     /// After the last copy to or from it.
     used: RefCell<Option<Arc<Event>>>,
 }
 
 impl HostBuffer {
     pub(crate) fn new(traffic: &Rc<Traffic>, bytes: usize) -> Result<Self> {
-        let mut memory = Locked::new(traffic.device.cuda_stream().context(), bytes)?;
         Ok(Self {
-            start: memory.memory.as_mut_ptr() as usize,
-            memory,
+            memory: Locked::new(traffic.device.cuda_stream().context(), bytes)?,
             traffic: Rc::clone(traffic),
             used: RefCell::default(),
         })
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.memory.memory.len()
+        self.memory.len()
     }
 
     /// Asks for a copy of a contiguous tensor, as soon as it is made.
@@ -294,7 +300,7 @@ impl HostBuffer {
             // SAFETY: the memory is as large, and nobody but the device touches it while this buffer lives; the tensor is kept until the copy
             // is made.
             unsafe {
-                let to = std::slice::from_raw_parts_mut(self.start as *mut u8, bytes);
+                let to = std::slice::from_raw_parts_mut(self.memory.start(), bytes);
                 driver::memcpy_dtoh_async(to, from, stream.cu_stream()).w()?;
             }
         }
@@ -312,7 +318,7 @@ impl HostBuffer {
         self.after_last_use(back)?;
         // SAFETY: the landing has so many bytes, and so has the memory, which nobody but the device touches while this buffer lives.
         unsafe {
-            let from = std::slice::from_raw_parts(self.start as *const u8, bytes);
+            let from = std::slice::from_raw_parts(self.memory.start(), bytes);
             driver::memcpy_htod_async(landed, from, back.cu_stream()).w()?;
         }
         let here = self.note_use(back)?;

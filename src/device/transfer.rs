@@ -71,8 +71,8 @@ pub(crate) const LEAVING: usize = 2;
 /// Parked tensors that come back before they are used: those of two batches, while the one before them is computed.
 pub(crate) const AHEAD: usize = 4;
 
-/// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, while it computes: nobody
-/// waits. On a CUDA device it is page-locked, and kept for the next.
+/// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, while it computes. On a CUDA
+/// device it is page-locked, and kept for the next.
 #[derive(Debug)]
 pub struct Parking {
     device: Device,

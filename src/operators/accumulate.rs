@@ -151,13 +151,10 @@ pub fn accumulate<'scope>(
                         plan.carriers(step)
                             .for_each(|carrier| shared.stages.forget(carrier));
                     }
+                    local.run("accumulate", || empty_pools(&local.shared));
                     for site in plan.step_sites(step).iter().copied().filter(|site| owned(*site)) {
                         let summed = plan.leads(step) && plan.is_summed(block, site);
-                        let take = || {
-                            let sums = summed.then(|| local.shared.sums.take((step, site))).transpose()?;
-                            empty_pools(&local.shared)?;
-                            Ok(sums)
-                        };
+                        let take = || summed.then(|| local.shared.sums.take((step, site))).transpose();
                         if let Some(statistics) = local.run("accumulate", take) {
                             output.session(&capability).give(Merged {
                                 block,
@@ -174,6 +171,9 @@ pub fn accumulate<'scope>(
 
 fn add(local: &Local, step: u64, record: &Inputs) -> Result<()> {
     let (block, _) = local.shared.plan.step(step);
+    if record.probe {
+        empty_pools(&local.shared)?;
+    }
     // The sums of a site without a linear to quantize would serve nothing.
     let mut summed = (record.sites.iter()).filter(|input| local.shared.plan.is_summed(block, input.site));
     summed.try_for_each(|input| add_site(local, step, record, input))
@@ -195,7 +195,7 @@ fn add_site(local: &Local, step: u64, record: &Inputs, input: &SiteInput) -> Res
     })
 }
 
-/// Before a step's sums are made, and before it is solved: the device is idle then, and what it holds free lies in pieces.
+/// Once before a step's sums are made, and once before it is solved, when the device is waited for anyway: what it holds free lies in pieces.
 fn empty_pools(shared: &Shared) -> Result<()> {
     shared.tower.placement().empty_pools(shared.fit.pool_bytes())
 }

@@ -124,8 +124,10 @@ KERNEL sweep(double *state, const double *RESTRICT carried, const double *RESTRI
 }
 
 // The columns begin.. in original order, at most BLOCK, from the first to the last: moves each code to the grid point nearest to its
-// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes], `gram` these rows of XᵀX, [rows, width]. In parts, as `sweep`.
-KERNEL descend(double *state, const double *RESTRICT gradient, const double *RESTRICT gram, const double *RESTRICT damping, const double *RESTRICT scales, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
+// conditional minimum. state is [2 * width, lanes]: codes, and by how much the values moved. `gradient` is [rows, lanes],
+// `gram` these rows of XᵀX, [rows, width]. In parts, as `sweep`.
+KERNEL descend(double *state, const double *RESTRICT gradient, const double *RESTRICT gram, const double *RESTRICT damping,
+               const double *RESTRICT scales, unsigned begin, unsigned rows, unsigned width, unsigned lanes, unsigned group,
                double max_code) {
   __shared__ double moves[BLOCK * THREADS];
   unsigned lane = thread_x(), groups = width / group;
