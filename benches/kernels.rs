@@ -5,9 +5,10 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use quantflow::memory::Room;
 use quantflow::numerics::attention::{AttentionShape, attention};
-use quantflow::numerics::elementwise::silu_gate;
+use quantflow::numerics::elementwise::{silu_gate, softmax};
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
 use quantflow::numerics::gemm::{View, ViewMut, product};
+use quantflow::numerics::routing::{RoutingRule, Scoring, route};
 use quantflow::numerics::solver::{GptqOptions, gptq};
 use quantflow::numerics::{Grid, ScaleDtype};
 use quantflow::statistics::{Accumulator, Exponents, Product, SiteStatistics};
@@ -168,9 +169,35 @@ fn rooms(c: &mut Criterion) {
     }
 }
 
+/// Where 2,048 tokens go among 128 experts, beside the scores alone.
+fn routing(c: &mut Criterion) {
+    let rule = RoutingRule {
+        experts: 128,
+        experts_per_token: 8,
+        scoring: Scoring::Softmax,
+        normalize: true,
+        scale: 1.0,
+        groups: None,
+    };
+    let logits = random(2048 * rule.experts);
+    let mut group = c.benchmark_group("8 of 128 experts, 2,048 tokens");
+    group.bench_function("scores", |b| {
+        b.iter(|| {
+            let mut scores = black_box(&logits).clone();
+            let rows = scores.chunks_exact_mut(rule.experts);
+            rows.for_each(|row| softmax(row, 1.0, None, None));
+            scores
+        });
+    });
+    group.bench_function("route", |b| b.iter(|| route(black_box(&logits), None, rule)));
+    let routing = route(&logits, None, rule);
+    group.bench_function("dispatch", |b| b.iter(|| routing.dispatch(rule.experts)));
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).measurement_time(std::time::Duration::from_secs(2));
-    targets = kernels, rooms
+    targets = kernels, rooms, routing
 }
 criterion_main!(benches);

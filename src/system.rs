@@ -1,6 +1,27 @@
-//! What the system says of this process and of the machine: CPU time and memory.
+//! What the system says of this process and of the machine: CPU time and memory; and processors for copies beside a device.
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::OnceLock;
 use std::time::Duration;
+
+/// Threads that copy side by side: more of them do not make memory faster.
+const COPY_THREADS: usize = 8;
+
+/// Runs `work` where its rayon loops take several processors, where a worker's own take one. For copies on the host beside a device: its one worker
+/// waits for them, and the other processors have nothing to do.
+pub fn side_by_side<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    static COPIERS: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    let copiers = COPIERS.get_or_init(|| {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = processors.min(COPY_THREADS);
+        ThreadPoolBuilder::new().num_threads(threads).build().ok()
+    });
+    match copiers {
+        Some(copiers) => copiers.install(work),
+        // The system gives no threads: then on this one.
+        None => work(),
+    }
+}
 
 /// CPU time of the calling thread.
 pub fn thread_cpu() -> Duration {

@@ -3,6 +3,7 @@
 use crate::error::{Error, IoContext, Result};
 use crate::formats::TensorSpec;
 use memmap2::{Advice, Mmap, UncheckedAdvice};
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -324,13 +325,14 @@ impl Checkpoint {
         let height = entry.shape.first().copied().unwrap_or(0);
         let row_bytes = entry.bytes.len() / height.max(1);
         let mut bytes = vec![0; rows.len() * row_bytes];
-        for (&row, bytes) in rows.iter().zip(bytes.chunks_exact_mut(row_bytes.max(1))) {
+        let pairs = rows.par_iter().zip(bytes.par_chunks_exact_mut(row_bytes.max(1)));
+        pairs.try_for_each(|(&row, bytes)| {
             if row as usize >= height {
                 return Err(Error::invalid(name, format!("has {height} rows"), ""));
             }
             let begin = entry.bytes.start + row as usize * row_bytes;
-            file.read_exact_at(bytes, begin as u64).context("read", path)?;
-        }
+            file.read_exact_at(bytes, begin as u64).context("read", path)
+        })?;
         Ok(bytes)
     }
 

@@ -193,31 +193,32 @@ pub(crate) fn product(
     rhs: (&CudaStorage, &Layout),
     operands: Operands,
 ) -> Result<CudaStorage> {
-    match lhs.0.dtype() {
-        DType::BF16 => multiplied::<f32>(lhs, rhs, operands, blas::cudaDataType::CUDA_R_16BF),
-        DType::F16 => multiplied::<f32>(lhs, rhs, operands, blas::cudaDataType::CUDA_R_16F),
-        DType::F32 => multiplied::<f32>(lhs, rhs, operands, f32::KIND),
-        DType::F64 => multiplied::<f64>(lhs, rhs, operands, f64::KIND),
-        other => bail!("no product of {other:?}"),
-    }
+    let count = operands.batch * operands.rows() * operands.columns();
+    let out = match lhs.0.dtype() {
+        DType::F64 => wrapped::<f64>(&lhs.0.device, count)?,
+        _ => wrapped::<f32>(&lhs.0.device, count)?,
+    };
+    product_to((&out, &Layout::contiguous(count)), lhs, rhs, operands)?;
+    Ok(out)
 }
 
-/// [`product`] of matrices of the type `input`, in new memory.
-fn multiplied<T: Summed>(
+/// As [`product`], written to `out`, which is contiguous.
+pub(crate) fn product_to(
+    out: (&CudaStorage, &Layout),
     lhs: (&CudaStorage, &Layout),
     rhs: (&CudaStorage, &Layout),
     operands: Operands,
-    input: blas::cudaDataType,
-) -> Result<CudaStorage> {
-    let count = operands.batch * operands.rows() * operands.columns();
-    let out = wrapped::<T>(&lhs.0.device, count)?;
-    let places = [
-        start(&out, &Layout::contiguous(count))?,
-        start(lhs.0, lhs.1)?,
-        start(rhs.0, rhs.1)?,
-    ];
-    gemm(&lhs.0.device, places, operands, input, [T::ONE, T::ZERO])?;
-    Ok(out)
+) -> Result<()> {
+    let device = &lhs.0.device;
+    let places = [address(out.0, out.1)?, start(lhs.0, lhs.1)?, start(rhs.0, rhs.1)?];
+    let f32_sums = |input| gemm(device, places, operands, input, [1f32, 0.0]);
+    match [lhs.0.dtype(), rhs.0.dtype(), out.0.dtype()] {
+        [DType::BF16, DType::BF16, DType::F32] => f32_sums(blas::cudaDataType::CUDA_R_16BF),
+        [DType::F16, DType::F16, DType::F32] => f32_sums(blas::cudaDataType::CUDA_R_16F),
+        [DType::F32, DType::F32, DType::F32] => f32_sums(f32::KIND),
+        [DType::F64, DType::F64, DType::F64] => gemm(device, places, operands, f64::KIND, [1.0, 0.0]),
+        [lhs, rhs, _] => bail!("no product of {lhs:?} and {rhs:?}"),
+    }
 }
 
 /// `out -= lhs · rhs`, f64 parts of one storage.
@@ -230,23 +231,17 @@ pub(crate) fn subtract_product(storage: &CudaStorage, layout: &Layout, operands:
 }
 
 /// A type that products are summed in.
-trait Summed: CudaDType + DeviceRepr {
-    const ZERO: Self;
-    const ONE: Self;
+trait Summed {
     const KIND: blas::cudaDataType;
     const COMPUTE: blas::cublasComputeType_t;
 }
 
 impl Summed for f32 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
     const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_32F;
     const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_32F;
 }
 
 impl Summed for f64 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
     const KIND: blas::cudaDataType = blas::cudaDataType::CUDA_R_64F;
     const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::CUBLAS_COMPUTE_64F;
 }

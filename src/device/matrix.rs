@@ -2,7 +2,10 @@
 
 use super::row_stride;
 use crate::numerics::gemm::{Real, View, ViewMut, product as multiply};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, InplaceOp1, InplaceOp3, Layout, Result, Shape, Tensor, bail,
+};
+use std::borrow::Cow;
 
 /// `lhs · rhs` for `[m, k]` and `[k, n]`, or for a batch `[b, ..]` of each. The rows or the columns of each have to be contiguous. The result
 /// is f64 for f64, and f32 for f32, bf16 and f16.
@@ -11,6 +14,14 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, 
 /// Shapes or dtypes do not fit.
 pub fn product(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
     lhs.apply_op2_no_bwd(rhs, &Product)
+}
+
+/// [`product`] of two matrices that is summed in f32, written to `out`, `[m, n]` f32, which may be a part of a tensor.
+///
+/// # Errors
+/// Shapes or dtypes do not fit.
+pub fn product_to(out: &Tensor, lhs: &Tensor, rhs: &Tensor) -> Result<()> {
+    out.inplace_op3(lhs, rhs, &ProductTo)
 }
 
 /// Where a matrix lies in a storage.
@@ -110,10 +121,15 @@ impl Operands {
     }
 
     fn multiply<T: Real>(self, lhs: &[T], rhs: &[T]) -> Vec<T> {
+        let mut out = vec![T::ZERO; self.batch * self.rows() * self.columns()];
+        self.multiply_to(&mut out, lhs, rhs);
+        out
+    }
+
+    fn multiply_to<T: Real>(self, out: &mut [T], lhs: &[T], rhs: &[T]) {
         let (rows, columns) = (self.rows(), self.columns());
-        let mut out = vec![T::ZERO; self.batch * rows * columns];
         if out.is_empty() {
-            return out;
+            return;
         }
         for (batch, out) in out.chunks_exact_mut(rows * columns).enumerate() {
             let (lhs, rhs) = (self.lhs.view(lhs, batch), self.rhs.view(rhs, batch));
@@ -125,8 +141,17 @@ impl Operands {
                 T::ONE,
             );
         }
-        out
     }
+}
+
+/// The values of a product's input on the CPU, in the dtype in which it is summed.
+fn widened(values: &CpuStorage) -> Result<Cow<'_, [f32]>> {
+    Ok(match values {
+        CpuStorage::F32(values) => values.into(),
+        CpuStorage::BF16(values) => values.iter().map(|v| v.to_f32()).collect(),
+        CpuStorage::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
+        _ => bail!("no product of these dtypes"),
+    })
 }
 
 struct Product;
@@ -144,17 +169,9 @@ impl CustomOp2 for Product {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let operands = Operands::new(l1, l2)?;
-        let widen = |values: &CpuStorage| -> Result<Vec<f32>> {
-            Ok(match values {
-                CpuStorage::BF16(values) => values.iter().map(|v| v.to_f32()).collect(),
-                CpuStorage::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
-                _ => bail!("no product of these dtypes"),
-            })
-        };
         let out = match (s1, s2) {
             (CpuStorage::F64(a), CpuStorage::F64(b)) => CpuStorage::F64(operands.multiply(a, b)),
-            (CpuStorage::F32(a), CpuStorage::F32(b)) => CpuStorage::F32(operands.multiply(a, b)),
-            (a, b) => CpuStorage::F32(operands.multiply(&widen(a)?, &widen(b)?)),
+            (a, b) => CpuStorage::F32(operands.multiply(&widened(a)?, &widened(b)?)),
         };
         Ok((out, operands.shape(l1)))
     }
@@ -167,13 +184,58 @@ impl CustomOp2 for Product {
         s2: &candle_core::CudaStorage,
         l2: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
         let operands = Operands::new(l1, l2)?;
-        if s1.dtype() != s2.dtype() {
-            bail!("no product of {:?} and {:?}", s1.dtype(), s2.dtype());
-        }
         let out = super::cuda::product((s1, l1), (s2, l2), operands)?;
         Ok((out, operands.shape(l1)))
+    }
+}
+
+struct ProductTo;
+
+impl ProductTo {
+    fn operands(out: &Layout, lhs: &Layout, rhs: &Layout) -> Result<Operands> {
+        let operands = Operands::new(lhs, rhs)?;
+        match out.dims() == [operands.rows(), operands.columns()] {
+            true => Ok(operands),
+            false => bail!("{:?} does not hold this product", out.shape()),
+        }
+    }
+}
+
+impl InplaceOp3 for ProductTo {
+    fn name(&self) -> &'static str {
+        "product_to"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<()> {
+        let operands = Self::operands(l1, l2, l3)?;
+        let (CpuStorage::F32(out), Some((begin, end))) = (s1, l1.contiguous_offsets()) else {
+            bail!("this operation needs contiguous f32 tensors");
+        };
+        operands.multiply_to(&mut out[begin..end], &widened(s2)?, &widened(s3)?);
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &mut candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+        s3: &candle_core::CudaStorage,
+        l3: &Layout,
+    ) -> Result<()> {
+        let operands = Self::operands(l1, l2, l3)?;
+        super::cuda::product_to((s1, l1), (s2, l2), (s3, l3), operands)
     }
 }
 
@@ -316,6 +378,18 @@ mod tests {
             let of = |t: &Tensor| t.to_dtype(DType::F64).unwrap().contiguous().unwrap();
             let expected = of(&lhs).matmul(&of(&rhs)).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
             prop_assert_eq!(of(&out).flatten_all().unwrap().to_vec1::<f64>().unwrap(), expected);
+            if !batched {
+                // Into the middle of a tensor, and nothing else of it.
+                let into = Tensor::full(7f64, (m + 2, n), &Device::Cpu).unwrap().to_dtype(out.dtype()).unwrap();
+                if dtype != DType::F64 {
+                    product_to(&into.narrow(0, 1, m).unwrap(), &lhs, &rhs).unwrap();
+                    prop_assert_eq!(of(&into.narrow(0, 1, m).unwrap()).to_vec2::<f64>().unwrap(), of(&out).to_vec2::<f64>().unwrap());
+                    for row in [0, m + 1] {
+                        prop_assert_eq!(of(&into).get(row).unwrap().to_vec1::<f64>().unwrap(), vec![7.0; n]);
+                    }
+                }
+                prop_assert!(product_to(&into, &lhs, &rhs).is_err());
+            }
         }
 
         /// As the factorization has it: two parts of a matrix, one turned, and a matrix behind it.

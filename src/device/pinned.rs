@@ -3,6 +3,7 @@
 
 use super::cuda::{address, alloc_beside};
 use super::transfer::{AHEAD, LEAVING};
+use crate::system::side_by_side;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result as driver, sys,
@@ -11,6 +12,7 @@ use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use memmap2::{Advice, MmapMut};
+use rayon::prelude::*;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -18,6 +20,9 @@ use std::sync::Arc;
 
 /// Bytes of a buffer that the device copies from.
 const UPLOAD_BYTES: usize = 32 << 20;
+
+/// What a thread copies, or touches, at a time: whole huge pages.
+const COPY_BYTES: usize = 4 << 20;
 
 /// Two page-locked buffers and a stream of their own: while the device copies from one, the other is filled, and what it computes goes on.
 struct Uploads {
@@ -46,13 +51,21 @@ impl Uploads {
                 event.synchronize().w()?;
             }
             let buffer = &mut buffer.as_mut_slice().w()?[..part.len()];
-            buffer.copy_from_slice(part);
+            copy(buffer, part);
             let mut place = out.slice_mut(i * UPLOAD_BYTES..i * UPLOAD_BYTES + part.len());
             self.stream.memcpy_htod(&*buffer, &mut place).w()?;
             *copied = Some(self.stream.record_event(None).w()?);
         }
         Ok(out)
     }
+}
+
+/// Copies on the host, side by side.
+fn copy(to: &mut [u8], from: &[u8]) {
+    side_by_side(|| {
+        let parts = to.par_chunks_mut(COPY_BYTES).zip(from.par_chunks(COPY_BYTES));
+        parts.for_each(|(to, from)| to.copy_from_slice(from));
+    });
 }
 
 /// `bytes`, values of `dtype`, on the device. What is asked of the device afterwards waits for them, what was asked before does not.
@@ -130,7 +143,7 @@ impl Downloads {
             // SAFETY: so many bytes are there, in a tensor that the caller holds, and nobody touches the buffer until they have come.
             unsafe { driver::memcpy_dtoh_async(buffer, from, self.stream.cu_stream()) }.w()?;
             self.stream.synchronize().w()?;
-            part.copy_from_slice(buffer);
+            copy(part, buffer);
         }
         Ok(())
     }
@@ -232,7 +245,7 @@ impl Locked {
         let mut memory = MmapMut::map_anon(bytes.max(1))?;
         // Where the system has neither, pages are small, and touched when they are locked.
         memory.advise(Advice::HugePage).ok();
-        memory.advise(Advice::PopulateWrite).ok();
+        touch(&memory);
         context.bind_to_thread().w()?;
         // SAFETY: the memory is unlocked before it is unmapped.
         unsafe { sys::cuMemHostRegister_v2(memory.as_mut_ptr().cast(), memory.len(), 0) }
@@ -249,6 +262,19 @@ impl Locked {
     fn start(&self) -> *mut u8 {
         self.memory.as_ptr().cast_mut()
     }
+}
+
+/// Has the system give the pages of `memory`, side by side.
+fn touch(memory: &MmapMut) {
+    let part = |begin: usize| begin..memory.len().min(begin + COPY_BYTES);
+    side_by_side(|| {
+        let parts = (0..memory.len()).into_par_iter().step_by(COPY_BYTES).map(part);
+        parts.for_each(|part| {
+            memory
+                .advise_range(Advice::PopulateWrite, part.start, part.len())
+                .ok();
+        });
+    });
 }
 
 impl Drop for Locked {

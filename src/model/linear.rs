@@ -2,7 +2,10 @@
 //! often the largest part of its memory. Values in f32 are made a panel of rows at a time, where a product needs them; beside the product
 //! that costs little, as each is used for every token of a batch.
 
-use crate::device::{self, matrix::product};
+use crate::device::{
+    self,
+    matrix::{product, product_to},
+};
 use crate::numerics::QuantizedWeight;
 use crate::numerics::fp8::Float8Matrix;
 use crate::numerics::gemm::{self, View, ViewMut};
@@ -123,6 +126,19 @@ impl Linear {
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
+        }
+    }
+
+    /// [`Self::forward`], written to `out`, `[tokens, rows]` f32, which may be a part of a tensor.
+    ///
+    /// # Errors
+    /// `x` is not `[tokens, columns]`, or `out` has another shape.
+    pub fn forward_to(&self, x: &Tensor, out: &Tensor) -> Result<()> {
+        match (&self.weight, &self.bias) {
+            (Weight::Whole(weight), None) if weight.dtype() != DType::F32 => {
+                product_to(out, &x.to_dtype(weight.dtype())?, &weight.t()?)
+            }
+            _ => out.slice_set(&self.forward(x)?, 0, 0),
         }
     }
 }

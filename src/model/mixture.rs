@@ -15,7 +15,8 @@ use super::spec::MixtureSpec;
 use crate::device;
 use crate::error;
 use crate::numerics::routing::{self, Dispatch, Routing};
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+use std::ops::Range;
 
 /// What a mixture has besides its experts.
 #[derive(Clone, Debug)]
@@ -48,37 +49,67 @@ impl Sent {
 
     /// The tokens that are sent to `expert`, rising.
     pub fn tokens(&self, expert: usize) -> &[u32] {
-        &self.dispatch.tokens[self.dispatch.of(expert)]
+        &self.dispatch.tokens[self.dispatch.of(&(expert..expert + 1))]
     }
 
     /// What the expert's output is multiplied by, for each.
     pub fn gates(&self, expert: usize) -> &[f32] {
-        &self.dispatch.gates[self.dispatch.of(expert)]
+        &self.dispatch.gates[self.dispatch.of(&(expert..expert + 1))]
     }
 
-    /// Their rows of `x`, `[tokens, width]`; `None` where nothing is sent.
-    pub fn rows(&self, expert: usize, x: &Tensor) -> Result<Option<Tensor>> {
-        match self.dispatch.of(expert).is_empty() {
+    /// The rows of `x`, `[tokens, width]`, that are sent to some experts, one expert after the other; `None` where nothing is sent.
+    pub fn rows(&self, experts: &Range<usize>, x: &Tensor) -> Result<Option<Tensor>> {
+        match self.dispatch.of(experts).is_empty() {
             true => Ok(None),
-            false => Ok(Some(x.index_select(&self.part(&self.tokens, expert)?, 0)?)),
+            false => Ok(Some(x.index_select(&self.part(&self.tokens, experts)?, 0)?)),
         }
     }
 
-    /// These `rows`, times their gates.
-    pub fn gated(&self, expert: usize, rows: &Tensor) -> Result<Tensor> {
-        rows.broadcast_mul(&self.part(&self.gates, expert)?.unsqueeze(1)?)
+    /// Such rows, times their gates.
+    pub fn gated(&self, experts: &Range<usize>, rows: &Tensor) -> Result<Tensor> {
+        rows.broadcast_mul(&self.part(&self.gates, experts)?.unsqueeze(1)?)
     }
 
-    /// Adds the expert's output `y`, times its gates, to the tokens' rows of `out`.
-    pub fn add(&self, expert: usize, out: &Tensor, y: &Tensor) -> Result<()> {
-        let (tokens, gates) = (self.part(&self.tokens, expert)?, self.part(&self.gates, expert)?);
-        ops::add_gated_rows(out, y, &tokens, &gates)
+    /// Adds the outputs `y` of the experts' rows, times their gates, to the tokens' rows of `out`, expert by expert.
+    pub fn add(&self, experts: &Range<usize>, out: &Tensor, y: &Tensor) -> Result<()> {
+        let begin = self.dispatch.of(experts).start;
+        for expert in experts.clone() {
+            let expert = expert..expert + 1;
+            let sent = self.dispatch.of(&expert);
+            if !sent.is_empty() {
+                let y = y.narrow(0, sent.start - begin, sent.len())?;
+                let (tokens, gates) = (
+                    self.part(&self.tokens, &expert)?,
+                    self.part(&self.gates, &expert)?,
+                );
+                ops::add_gated_rows(out, &y, &tokens, &gates)?;
+            }
+        }
+        Ok(())
     }
 
-    fn part(&self, of: &Tensor, expert: usize) -> Result<Tensor> {
-        let sent = self.dispatch.of(expert);
+    fn part(&self, of: &Tensor, experts: &Range<usize>) -> Result<Tensor> {
+        let sent = self.dispatch.of(experts);
         of.narrow(0, sent.start, sent.len())
     }
+}
+
+/// x Wᵀ + b in f32, of several linears of one shape and each its own rows of `x`: of the first linear as many as `counts` has first, and so on.
+fn forward_each(linears: &[&Linear], counts: &[usize], x: &Tensor) -> Result<Tensor> {
+    let Some(first) = linears.first() else {
+        candle_core::bail!("no expert's linear");
+    };
+    // Rounded once for all.
+    let x = x.to_dtype(first.precision())?;
+    let y = Tensor::zeros((x.dim(0)?, first.weight.sides()?.0), DType::F32, x.device())?;
+    let mut begin = 0;
+    for (linear, &count) in linears.iter().zip(counts) {
+        if count > 0 {
+            linear.forward_to(&x.narrow(0, begin, count)?, &y.narrow(0, begin, count)?)?;
+            begin += count;
+        }
+    }
+    Ok(y)
 }
 
 impl Block {
@@ -104,6 +135,19 @@ impl Block {
     pub fn dispatch(&self, x: &Tensor) -> Result<Sent> {
         let (spec, _) = self.mixture()?;
         Sent::new(self.route(x)?.dispatch(spec.routing.experts), x.device())
+    }
+
+    /// input of gate and up, rows of one expert after the other, `counts` of each → input of their downs. `linears` are each one's gate and up.
+    pub fn gate_each(&self, x: &Tensor, counts: &[usize], linears: &[Linear]) -> Result<Tensor> {
+        let each = |first: usize| linears.iter().skip(first).step_by(2).collect::<Vec<_>>();
+        let gate = forward_each(&each(0), counts, x)?;
+        ops::multiply_gated(&gate, &forward_each(&each(1), counts, x)?, self.spec.activation)?;
+        Ok(gate)
+    }
+
+    /// input of the downs of several experts, as [`Self::gate_each`] has it → their outputs
+    pub fn down_each(&self, x: &Tensor, counts: &[usize], downs: &[Linear]) -> Result<Tensor> {
+        forward_each(&downs.iter().collect::<Vec<_>>(), counts, x)
     }
 
     /// input of gate and up → the shared expert's gate of each token, `[tokens, 1]`, where it has one
@@ -132,9 +176,10 @@ impl Block {
         let sent = self.dispatch(x)?;
         let out = x.zeros_like()?;
         for expert in 0..spec.routing.experts {
-            if let Some(rows) = sent.rows(expert, x)? {
+            let one = expert..expert + 1;
+            if let Some(rows) = sent.rows(&one, x)? {
                 let y = run(&rows, spec.expert_linears(hidden, expert))?;
-                sent.add(expert, &out, &y)?;
+                sent.add(&one, &out, &y)?;
             }
         }
         let Some(shared) = spec.shared_linears(hidden) else {
@@ -145,5 +190,45 @@ impl Block {
             y = y.broadcast_mul(&gate)?;
         }
         Ok((out + y)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::linear::Weight;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Several linears and their rows at a time are those one after the other, to the bit; some have no rows.
+        #[test]
+        fn each_linear_has_its_own_rows(
+            counts in prop::collection::vec(0usize..5, 1..6), rows in 1usize..6, columns in 1usize..6, with_bias in any::<bool>(),
+            dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
+        ) {
+            let tensor = |shape: &[usize], seed: usize| {
+                let count = shape.iter().product::<usize>();
+                let values: Vec<f32> = (0..count).map(|i| ((i * 37 + seed * 53) % 101) as f32 / 31.0 - 1.5).collect();
+                Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+            };
+            let linear = |seed: usize| Linear {
+                weight: Weight::Whole(tensor(&[rows, columns], seed).to_dtype(dtype).unwrap()),
+                bias: with_bias.then(|| tensor(&[rows], seed + 7)),
+            };
+            let linears: Vec<Linear> = (0..counts.len()).map(linear).collect();
+            let total: usize = counts.iter().sum();
+            prop_assume!(total > 0);
+            let x = tensor(&[total, columns], 3);
+            let ours = forward_each(&linears.iter().collect::<Vec<_>>(), &counts, &x).unwrap();
+            let mut expected = Vec::new();
+            for (linear, &count) in linears.iter().zip(&counts) {
+                if count > 0 {
+                    let begin = expected.len();
+                    let y = linear.forward(&x.narrow(0, begin, count).unwrap()).unwrap();
+                    expected.extend(y.to_vec2::<f32>().unwrap());
+                }
+            }
+            prop_assert_eq!(ours.to_vec2::<f32>().unwrap(), expected);
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::checkpoint::{Checkpoint, TensorView};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::formats::{Reader, quantization_config};
+use crate::system::side_by_side;
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use std::path::Path;
@@ -190,7 +191,11 @@ impl Tower {
                 "the tokenizer or the token file belongs to another model",
             ));
         }
-        let rows = self.checkpoint.rows(&name, tokens)?;
+        let rows = || self.checkpoint.rows(&name, tokens);
+        let rows = match self.placement().on_device {
+            true => side_by_side(rows)?,
+            false => rows()?,
+        };
         let rows = widen(
             &TensorView {
                 bytes: &rows,

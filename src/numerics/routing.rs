@@ -96,9 +96,9 @@ pub struct Dispatch {
 }
 
 impl Dispatch {
-    /// Where those of `expert` are.
-    pub fn of(&self, expert: usize) -> Range<usize> {
-        self.begins[expert]..self.begins[expert + 1]
+    /// Where those of some experts are.
+    pub fn of(&self, experts: &Range<usize>) -> Range<usize> {
+        self.begins[experts.start]..self.begins[experts.end]
     }
 }
 
@@ -169,11 +169,20 @@ fn keep_best_groups(scores: &mut [f32], limit: GroupLimit) {
 
 /// Positions of the `count` largest values, largest first.
 fn largest(values: &[f32], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    // Positions make the order total, so that an unstable sort has one outcome. A NaN sorts somewhere, too: the logits will show it.
-    order.sort_unstable_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
-    order.truncate(count);
-    order
+    // One integer to compare: falling values, as `f32::total_cmp` has them, then rising positions, so that the order is total, and an unstable sort
+    // has one outcome. A NaN sorts somewhere, too: the logits will show it.
+    let key = |(position, value): (usize, &f32)| {
+        let bits = value.to_bits() as i32;
+        let rising = bits ^ (((bits >> 31) as u32) >> 1) as i32;
+        (i64::from(!rising) << 32) | position as i64
+    };
+    let mut keys: Vec<i64> = values.iter().enumerate().map(key).collect();
+    if count < keys.len() {
+        keys.select_nth_unstable(count);
+        keys.truncate(count);
+    }
+    keys.sort_unstable();
+    keys.into_iter().map(|key| key as u32 as usize).collect()
 }
 
 /// `out[tokens[i]] += gates[i] * rows[i]`, where both have rows of `width`.
@@ -272,7 +281,7 @@ mod tests {
             prop_assert_eq!(routing.experts.len(), rule.experts_per_token);
             let dispatch = routing.dispatch(experts);
             for (expert, &want) in want.iter().enumerate() {
-                let sent = dispatch.of(expert);
+                let sent = dispatch.of(&(expert..expert + 1));
                 prop_assert!(dispatch.tokens[sent.clone()].iter().all(|&token| token == 0) && sent.len() <= 1);
                 let ours = dispatch.gates[sent].first().copied().map_or(0.0, f64::from);
                 prop_assert!((ours - want).abs() < GATE_TOLERANCE, "expert {expert}: {ours} != {want}");
@@ -293,8 +302,10 @@ mod tests {
         let routing = route(&[1.0; 8], None, rule);
         assert_eq!(routing.experts, [0, 1, 0, 1]);
         assert_eq!(routing.gates, [0.5; 4]);
+        assert_eq!(largest(&[-1.0, 0.0, -0.0, 2.0, -3.0, 2.0], 5), [3, 5, 1, 2, 0]);
         let dispatch = routing.dispatch(4);
-        assert_eq!((dispatch.of(1), dispatch.of(3)), (2..4, 4..4));
+        assert_eq!((dispatch.of(&(1..2)), dispatch.of(&(3..4))), (2..4, 4..4));
+        assert_eq!(dispatch.of(&(0..4)), 0..4);
         assert_eq!(dispatch.tokens, [0, 1, 0, 1]);
         assert_eq!(route(&[f32::NAN; 4], None, rule).experts.len(), 2);
     }

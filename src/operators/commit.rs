@@ -8,7 +8,7 @@ use super::pack::packed;
 use super::records::{Committed, Content, PackedLinear};
 use crate::error::{Error, Result};
 use crate::ledger::Record;
-use crate::report::Row;
+use crate::report::{Clock, Row};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use timely::dataflow::StreamVec;
@@ -57,35 +57,45 @@ pub fn commit<'scope>(
     committed.broadcast()
 }
 
-/// Writes a step's linears; `rows` has those of the block so far.
+/// Writes a step's linears; `rows` has those of the block so far. What is done behind the run is booked by itself.
 fn write(shared: &Shared, step: u64, contents: Vec<(usize, Content)>, rows: &Mutex<Vec<Row>>) -> Result<()> {
     let mut rows = rows
         .lock()
         .map_err(|_| Error::Worker("a thread stopped while it wrote".into()))?;
     let writer = shared.output.writer()?;
+    let clock = shared.tower.placement().on_device.then_some(&shared.clock);
     for (linear, content) in contents {
         let planned = &shared.plan.linears[linear];
         let (content, _codes) = match content {
             Content::Packed(packed) => (packed, None),
             Content::Solved(chunks) => {
-                let made = packed(shared, planned, chunks)?;
+                let made = booked(clock, "pack, behind", || packed(shared, planned, chunks))?;
                 made.map(|(_, packed, codes)| (packed, codes)).unzip()
             }
         };
         let Some(packed) = content else { continue };
-        for (spec, bytes) in shared.plan.tensors(planned).iter().zip(&packed.tensors) {
-            writer.write(&spec.name, bytes)?;
-        }
+        booked(clock, "write, behind", || {
+            let tensors = shared.plan.tensors(planned);
+            let mut pairs = tensors.iter().zip(&packed.tensors);
+            pairs.try_for_each(|(spec, bytes)| writer.write(&spec.name, bytes))
+        })?;
         shared.observer.linear(&packed.row);
         rows.push(packed.row);
     }
     shared.output.note_written(step);
     if shared.plan.ends_block(step) {
-        writer.sync()?;
+        booked(clock, "sync, behind", || writer.sync())?;
         shared.output.note(Record::Block {
             block: shared.plan.step(step).0 as u64,
             rows: std::mem::take(&mut rows),
         })?;
     }
     Ok(())
+}
+
+fn booked<T>(clock: Option<&Clock>, what: &'static str, work: impl FnOnce() -> T) -> T {
+    match clock {
+        Some(clock) => clock.book(what, work),
+        None => work(),
+    }
 }

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::mixture::Sent;
 use crate::model::{Block, Linear, SiteKind};
 use candle_core::{DType, Tensor};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A batch before the experts, in one stream.
@@ -33,37 +34,70 @@ impl Routed {
         Ok(Self { layer, x, sent })
     }
 
-    /// The rows that are `wanted` of the input of an expert's down, of which `inner` has those of the tokens that it is sent.
+    /// How many tokens each of these experts is sent.
+    fn counts(&self, experts: &Range<usize>) -> Vec<usize> {
+        experts
+            .clone()
+            .map(|expert| self.sent.tokens(expert).len())
+            .collect()
+    }
+
+    /// The rows that are `wanted` of the inputs of some experts' downs, one expert after the other. `inner` has those of the tokens that they are
+    /// sent.
     fn summed(
         &self,
-        expert: usize,
+        experts: &Range<usize>,
         inner: Option<&Tensor>,
-        wanted: &Wanted,
+        wanted: &[Wanted],
         gate_up: &[Linear],
     ) -> Result<Option<Tensor>> {
-        let own = self.sent.tokens(expert);
-        match inner {
-            _ if wanted.tokens.is_empty() => return Ok(None),
-            Some(inner) if wanted.tokens == own && wanted.weights == self.sent.gates(expert) => {
-                return Ok(Some(self.sent.gated(expert, inner)?));
-            }
-            _ => {}
+        if wanted.iter().all(|wanted| wanted.tokens.is_empty()) {
+            return Ok(None);
+        }
+        let each = || experts.clone().zip(wanted);
+        let is_sent = |(expert, wanted): (usize, &Wanted)| {
+            wanted.tokens == self.sent.tokens(expert) && wanted.weights == self.sent.gates(expert)
+        };
+        if let (Some(inner), true) = (inner, each().all(is_sent)) {
+            return Ok(Some(self.sent.gated(experts, inner)?));
         }
         // What goes on is computed by itself, so that it is the same bits whatever else is summed.
-        let mut others = wanted.tokens.clone();
-        others.retain(|token| own.binary_search(token).is_err());
-        let more = match others.is_empty() {
-            true => None,
-            false => Some(self.layer.gate(&select(&self.x, &others)?, gate_up)?),
+        let others = each().map(|(expert, wanted)| {
+            let own = self.sent.tokens(expert);
+            let tokens = wanted.tokens.iter().copied();
+            tokens.filter(|token| own.binary_search(token).is_err()).collect()
+        });
+        let others: Vec<Vec<u32>> = others.collect();
+        let counts: Vec<usize> = others.iter().map(Vec::len).collect();
+        let more = match &others.concat()[..] {
+            [] => None,
+            tokens => Some(
+                self.layer
+                    .gate_each(&select(&self.x, tokens)?, &counts, gate_up)?,
+            ),
         };
-        let parts: Vec<&Tensor> = inner.into_iter().chain(&more).collect();
         let mut place = vec![0u32; self.x.dim(0)?];
-        for (row, &token) in own.iter().chain(&others).enumerate() {
-            place[token as usize] = row as u32;
+        let mut places = Vec::new();
+        let (mut next, mut next_other) = (0, inner.map_or(Ok(0), |inner| inner.dim(0))? as u32);
+        for ((expert, wanted), others) in each().zip(&others) {
+            for &token in self.sent.tokens(expert) {
+                place[token as usize] = next;
+                next += 1;
+            }
+            for &token in others {
+                place[token as usize] = next_other;
+                next_other += 1;
+            }
+            places.extend(wanted.tokens.iter().map(|&token| place[token as usize]));
         }
-        let places: Vec<u32> = wanted.tokens.iter().map(|&t| place[t as usize]).collect();
-        let weights = Tensor::new(&wanted.weights[..], self.x.device())?;
+        let weights: Vec<f32> = wanted
+            .iter()
+            .flat_map(|wanted| &wanted.weights)
+            .copied()
+            .collect();
+        let parts: Vec<&Tensor> = inner.into_iter().chain(&more).collect();
         let rows = select(&Tensor::cat(&parts, 0)?, &places)?;
+        let weights = Tensor::new(weights, self.x.device())?;
         Ok(Some(rows.broadcast_mul(&weights.unsqueeze(1)?)?))
     }
 }
@@ -73,6 +107,26 @@ impl Routed {
 struct Wanted {
     tokens: Vec<u32>,
     weights: Vec<f32>,
+}
+
+/// Cuts `experts` into those that are carried together: as many as have no more `rows` than a batch has `tokens`, of which each has no more. So what
+/// is done row by row is done for many experts at a time, and takes no more than a batch.
+fn parts(experts: Range<usize>, rows: impl Fn(usize) -> usize, tokens: usize) -> Vec<Range<usize>> {
+    let mut parts: Vec<Range<usize>> = Vec::new();
+    let mut room = 0;
+    for expert in experts {
+        match (parts.last_mut(), rows(expert)) {
+            (Some(part), rows) if rows <= room => {
+                part.end += 1;
+                room -= rows;
+            }
+            (_, rows) => {
+                parts.push(expert..expert + 1);
+                room = tokens.saturating_sub(rows);
+            }
+        }
+    }
+    parts
 }
 
 /// Counts where the batch's tokens go. `x` is the input of gate and up.
@@ -119,7 +173,7 @@ pub(super) fn expert_inputs(local: &Local, step: u64, position: usize, sums: boo
         .collect::<Result<_>>()?;
     let mut streams = Vec::new();
     for (passage, routed) in passages.iter().zip(&routed) {
-        streams.push(group(passage, routed, step, sites, &wanted)?.into_iter());
+        streams.push(group(passage, routed, step, &wanted)?.into_iter());
     }
     let mut streams = streams.into_iter();
     let (Some(quantized), mut original) = (streams.next(), streams.next()) else {
@@ -137,17 +191,34 @@ fn group(
     passage: &Passage<'_>,
     routed: &Routed,
     step: u64,
-    sites: &[SiteKind],
     wanted: &[Wanted],
 ) -> Result<Vec<Option<Tensor>>> {
     let linears = passage.linears(step - 1)?;
+    let group = experts(passage.local, step)?;
     let (mut kept, mut rows) = (Vec::new(), Vec::new());
-    for ((&site, wanted), gate_up) in sites.iter().zip(wanted).zip(linears.chunks_exact(2)) {
-        let expert = expert_of(site)?;
-        let own = routed.sent.rows(expert, &routed.x)?;
-        let inner = own.map(|own| routed.layer.gate(&own, gate_up)).transpose()?;
-        rows.push(routed.summed(expert, inner.as_ref(), wanted, gate_up)?);
-        kept.extend(inner);
+    let most = |expert: usize| {
+        routed
+            .sent
+            .tokens(expert)
+            .len()
+            .max(wanted[expert - group.start].tokens.len())
+    };
+    for part in parts(group.clone(), most, routed.x.dim(0)?) {
+        let (begin, end) = (part.start - group.start, part.end - group.start);
+        let (wanted, gate_up) = (&wanted[begin..end], &linears[2 * begin..2 * end]);
+        let own = routed.sent.rows(&part, &routed.x)?;
+        let gate = |own: Tensor| routed.layer.gate_each(&own, &routed.counts(&part), gate_up);
+        let inner = own.map(gate).transpose()?;
+        let summed = routed.summed(&part, inner.as_ref(), wanted, gate_up)?;
+        let summed = summed.map(|rows| passage.rounded(rows)).transpose()?;
+        let mut begin = 0;
+        for wanted in wanted {
+            let count = wanted.tokens.len();
+            let of = |rows: &Tensor| rows.narrow(0, begin, count);
+            rows.push(summed.as_ref().filter(|_| count > 0).map(of).transpose()?);
+            begin += count;
+        }
+        kept.extend(inner.map(|inner| passage.rounded(inner)).transpose()?);
     }
     if !kept.is_empty() {
         passage.put(Slot::SiteInput, &Tensor::cat(&kept, 0)?)?;
@@ -213,22 +284,36 @@ pub(super) fn add_outputs(passage: &Passage<'_>, step: u64) -> Result<Tensor> {
         };
         return Ok((sum + y)?);
     }
-    let Routed { x, sent, .. } = Routed::new(passage, block)?;
+    let routed = Routed::new(passage, block)?;
     let sum = match sum {
         Some(sum) => sum,
-        None => Tensor::zeros(x.shape(), DType::F32, x.device())?,
+        None => Tensor::zeros(routed.x.shape(), DType::F32, routed.x.device())?,
     };
+    let group = experts(passage.local, step)?;
+    let sent = |expert: usize| routed.sent.tokens(expert).len();
     let mut begin = 0;
-    for (&site, down) in plan.step_sites(step).iter().zip(linears.iter()) {
-        let expert = expert_of(site)?;
-        let count = sent.tokens(expert).len();
+    for part in parts(group.clone(), sent, routed.x.dim(0)?) {
+        let counts = routed.counts(&part);
+        let count = counts.iter().sum();
         if let (1.., Some(inner)) = (count, &inner) {
-            let y = down.forward(&inner.narrow(0, begin, count)?)?;
-            sent.add(expert, &sum, &y)?;
+            let downs = &linears[part.start - group.start..part.end - group.start];
+            let y = routed
+                .layer
+                .down_each(&inner.narrow(0, begin, count)?, &counts, downs)?;
+            routed.sent.add(&part, &sum, &y)?;
             begin += count;
         }
     }
     Ok(sum)
+}
+
+/// The experts of a step.
+fn experts(local: &Local, step: u64) -> Result<Range<usize>> {
+    let sites = local.shared.plan.step_sites(step);
+    match (sites.first(), sites.last()) {
+        (Some(&first), Some(&last)) => Ok(expert_of(first)?..expert_of(last)? + 1),
+        _ => Err(Error::Worker(format!("step {step} has no experts"))),
+    }
 }
 
 fn expert_of(site: SiteKind) -> Result<usize> {
@@ -240,4 +325,26 @@ fn expert_of(site: SiteKind) -> Result<usize> {
 
 fn select(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn parts_are_all_experts_in_order_and_no_more_than_a_batch(
+            begin in 0usize..4, rows in prop::collection::vec(0usize..9, 1..20), tokens in 1usize..16,
+        ) {
+            let of = |expert: usize| rows[expert - begin].min(tokens);
+            let parts = parts(begin..begin + rows.len(), of, tokens);
+            let experts: Vec<usize> = parts.iter().cloned().flatten().collect();
+            prop_assert_eq!(experts, (begin..begin + rows.len()).collect::<Vec<_>>());
+            let total = |part: &std::ops::Range<usize>| part.clone().map(of).sum::<usize>();
+            prop_assert!(parts.iter().all(|part| total(part) <= tokens));
+            // The next expert would have been too much.
+            prop_assert!(parts.windows(2).all(|pair| total(&pair[0]) + of(pair[1].start) > tokens));
+        }
+    }
 }

@@ -133,15 +133,22 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
 /// What a batch takes on its way to a step, through the linears `before`, in one stream; the other stream's input waits.
 fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) -> u64 {
     let width = plan.width(step) as u64;
-    let outputs: u64 = before.iter().map(|linear| linear.rows as u64).sum();
-    let inner = before
-        .iter()
-        .map(|linear| linear.columns as u64)
-        .max()
-        .unwrap_or(width);
     let (_, site) = plan.step(step);
+    let experts = before.first().is_some_and(|linear| linear.expert().is_some());
+    let rows = before.iter().map(|linear| linear.rows as u64);
+    let outputs: u64 = match (experts, site) {
+        // Of experts, those of as many rows as a batch has tokens, whatever their number: a gate and an up, or a down.
+        (true, SiteKind::ExpertDown(_)) => 2 * width,
+        (true, _) => rows.max().unwrap_or(0),
+        (false, _) => rows.sum(),
+    };
+    let inner = before.iter().map(|linear| linear.columns as u64).max();
+    let inner = match experts {
+        true => inner.unwrap_or(0).max(width),
+        false => inner.unwrap_or(width),
+    };
     // Outputs and what is made of them: what a gate and an up give is multiplied in place; where they are one linear they are taken apart; queries,
-    // keys and values are rotated, and rounded.
+    // keys and values are rotated, and rounded; rows of experts are put together, chosen, and multiplied by their gates.
     let (copies, tile) = match (site, before) {
         (SiteKind::Down, [_, _]) => (1, 0),
         (SiteKind::Down, [_]) => (2, 0),
@@ -149,6 +156,15 @@ fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) ->
     };
     // The residual, its norm and the norm in 16 bits; the site's input in as many, of each stream.
     let inputs = 3 * inner + width;
+    // Of experts: what goes on, also put together, and rows that are summed, at worst a batch's for each and in each stream.
+    let sent = match site {
+        SiteKind::ExpertDown(_) => {
+            let sites = plan.step_sites(step).len() as u64;
+            let bytes = plan.device_weight_bytes.unwrap_or(0) as u64;
+            2 * plan.token_bytes as u64 + (sites * width * load.streams as u64 + inner) * bytes
+        }
+        _ => 0,
+    };
     // What is on its way to the host and back, where not all activations have room here: residuals, and inputs of 16 bits.
     let (leaving, coming) = match site {
         SiteKind::O | SiteKind::Down => (2 * width, 4 * inner),
@@ -156,7 +172,7 @@ fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) ->
         _ => (4 * width, (4 * width).max(2 * inner)),
     };
     let parked = LEAVING as u64 * leaving + AHEAD as u64 * coming;
-    load.batch_tokens as u64 * ((copies * outputs + inputs) * 4 + parked)
+    load.batch_tokens as u64 * ((copies * outputs + inputs) * 4 + sent + parked)
         + PANEL_ROWS as u64 * width * 4
         + tile
 }
