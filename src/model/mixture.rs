@@ -52,6 +52,11 @@ impl Sent {
         &self.dispatch.tokens[self.dispatch.of(&(expert..expert + 1))]
     }
 
+    /// How many tokens each of these experts is sent.
+    pub fn counts(&self, experts: &Range<usize>) -> Vec<usize> {
+        experts.clone().map(|expert| self.tokens(expert).len()).collect()
+    }
+
     /// What the expert's output is multiplied by, for each.
     pub fn gates(&self, expert: usize) -> &[f32] {
         &self.dispatch.gates[self.dispatch.of(&(expert..expert + 1))]

@@ -14,15 +14,30 @@ use std::sync::{Arc, Mutex};
 use timely::dataflow::StreamVec;
 use timely::dataflow::operators::vec::Broadcast;
 
-/// Runs on one worker of each output folder. One record a linear and worker. What is on a device is packed and written behind the run, at most
-/// one step.
+/// Threads behind a run on a device. One packs and writes, and is at most a step late; the other has the disk keep what a block has written, at
+/// most a block late.
+struct Writing {
+    write: Behind,
+    sync: Arc<Behind>,
+}
+
+impl Writing {
+    fn new(shared: &Shared) -> Self {
+        Self {
+            write: Behind::new(&shared.halt),
+            sync: Arc::new(Behind::new(&shared.halt)),
+        }
+    }
+}
+
+/// Runs on one worker of each output folder. One record a linear and worker. What is on a device is packed and written behind the run.
 pub fn commit<'scope>(
     packed: StreamVec<'scope, u64, PackedLinear>,
     local: Rc<Local>,
 ) -> StreamVec<'scope, u64, Committed> {
     let shared = Arc::clone(&local.shared);
     let rows: Arc<Mutex<Vec<Row>>> = Arc::default();
-    let behind = (shared.tower.placement().on_device).then(|| Behind::new(&shared.halt));
+    let behind = (shared.tower.placement().on_device).then(|| Writing::new(&shared));
     let committed = at_step_end(
         packed,
         "commit",
@@ -42,10 +57,11 @@ pub fn commit<'scope>(
             }
             let writing = {
                 let (shared, rows) = (Arc::clone(&shared), Arc::clone(&rows));
-                move || write(&shared, step, contents, &rows)
+                let sync = behind.as_ref().map(|behind| Arc::clone(&behind.sync));
+                move || write(&shared, step, contents, &rows, sync.as_deref())
             };
             match &behind {
-                Some(behind) => behind.run(writing)?,
+                Some(behind) => behind.write.run(writing)?,
                 None => writing()?,
             }
             if !shared.pass.streams().contains(&Stream::Original) {
@@ -57,13 +73,21 @@ pub fn commit<'scope>(
     committed.broadcast()
 }
 
-/// Writes a step's linears; `rows` has those of the block so far. What is done behind the run is booked by itself.
-fn write(shared: &Shared, step: u64, contents: Vec<(usize, Content)>, rows: &Mutex<Vec<Row>>) -> Result<()> {
+/// Writes a step's linears; `rows` has those of the block so far. A block that is whole is made durable, where there is a thread for it by `sync`, and
+/// noted.
+fn write(
+    shared: &Arc<Shared>,
+    step: u64,
+    contents: Vec<(usize, Content)>,
+    rows: &Mutex<Vec<Row>>,
+    sync: Option<&Behind>,
+) -> Result<()> {
     let mut rows = rows
         .lock()
         .map_err(|_| Error::Worker("a thread stopped while it wrote".into()))?;
     let writer = shared.output.writer()?;
-    let clock = shared.tower.placement().on_device.then_some(&shared.clock);
+    // What is done behind the run is booked by itself.
+    let clock = sync.map(|_| &shared.clock);
     for (linear, content) in contents {
         let planned = &shared.plan.linears[linear];
         let (content, _codes) = match content {
@@ -83,14 +107,23 @@ fn write(shared: &Shared, step: u64, contents: Vec<(usize, Content)>, rows: &Mut
         rows.push(packed.row);
     }
     shared.output.note_written(step);
-    if shared.plan.ends_block(step) {
-        booked(clock, "sync, behind", || writer.sync())?;
-        shared.output.note(Record::Block {
-            block: shared.plan.step(step).0 as u64,
-            rows: std::mem::take(&mut rows),
-        })?;
+    if !shared.plan.ends_block(step) {
+        return Ok(());
     }
-    Ok(())
+    let (block, rows) = (shared.plan.step(step).0 as u64, std::mem::take(&mut *rows));
+    match sync {
+        None => note(shared, block, rows),
+        Some(sync) => {
+            let shared = Arc::clone(shared);
+            sync.run(move || booked(Some(&shared.clock), "sync, behind", || note(&shared, block, rows)))
+        }
+    }
+}
+
+/// Makes a block durable, and then the note that it is.
+fn note(shared: &Shared, block: u64, rows: Vec<Row>) -> Result<()> {
+    shared.output.writer()?.sync()?;
+    shared.output.note(Record::Block { block, rows })
 }
 
 fn booked<T>(clock: Option<&Clock>, what: &'static str, work: impl FnOnce() -> T) -> T {

@@ -34,14 +34,6 @@ impl Routed {
         Ok(Self { layer, x, sent })
     }
 
-    /// How many tokens each of these experts is sent.
-    fn counts(&self, experts: &Range<usize>) -> Vec<usize> {
-        experts
-            .clone()
-            .map(|expert| self.sent.tokens(expert).len())
-            .collect()
-    }
-
     /// The rows that are `wanted` of the inputs of some experts' downs, one expert after the other. `inner` has those of the tokens that they are
     /// sent.
     fn summed(
@@ -207,7 +199,7 @@ fn group(
         let (begin, end) = (part.start - group.start, part.end - group.start);
         let (wanted, gate_up) = (&wanted[begin..end], &linears[2 * begin..2 * end]);
         let own = routed.sent.rows(&part, &routed.x)?;
-        let gate = |own: Tensor| routed.layer.gate_each(&own, &routed.counts(&part), gate_up);
+        let gate = |own: Tensor| routed.layer.gate_each(&own, &routed.sent.counts(&part), gate_up);
         let inner = own.map(gate).transpose()?;
         let summed = routed.summed(&part, inner.as_ref(), wanted, gate_up)?;
         let summed = summed.map(|rows| passage.rounded(rows)).transpose()?;
@@ -293,7 +285,7 @@ pub(super) fn add_outputs(passage: &Passage<'_>, step: u64) -> Result<Tensor> {
     let sent = |expert: usize| routed.sent.tokens(expert).len();
     let mut begin = 0;
     for part in parts(group.clone(), sent, routed.x.dim(0)?) {
-        let counts = routed.counts(&part);
+        let counts = routed.sent.counts(&part);
         let count = counts.iter().sum();
         if let (1.., Some(inner)) = (count, &inner) {
             let downs = &linears[part.start - group.start..part.end - group.start];
