@@ -144,12 +144,12 @@ impl Operands {
     }
 }
 
-/// The values of a product's input on the CPU, in the dtype in which it is summed.
-fn widened(values: &CpuStorage) -> Result<Cow<'_, [f32]>> {
-    Ok(match values {
-        CpuStorage::F32(values) => values.into(),
-        CpuStorage::BF16(values) => values.iter().map(|v| v.to_f32()).collect(),
-        CpuStorage::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
+/// The values of a product's inputs on the CPU, which have one dtype, in that in which it is summed.
+fn widened<'a>(lhs: &'a CpuStorage, rhs: &'a CpuStorage) -> Result<[Cow<'a, [f32]>; 2]> {
+    Ok(match (lhs, rhs) {
+        (CpuStorage::F32(a), CpuStorage::F32(b)) => [a.into(), b.into()],
+        (CpuStorage::BF16(a), CpuStorage::BF16(b)) => [a, b].map(|x| x.iter().map(|v| v.to_f32()).collect()),
+        (CpuStorage::F16(a), CpuStorage::F16(b)) => [a, b].map(|x| x.iter().map(|v| v.to_f32()).collect()),
         _ => bail!("no product of these dtypes"),
     })
 }
@@ -171,7 +171,10 @@ impl CustomOp2 for Product {
         let operands = Operands::new(l1, l2)?;
         let out = match (s1, s2) {
             (CpuStorage::F64(a), CpuStorage::F64(b)) => CpuStorage::F64(operands.multiply(a, b)),
-            (a, b) => CpuStorage::F32(operands.multiply(&widened(a)?, &widened(b)?)),
+            (a, b) => {
+                let [a, b] = widened(a, b)?;
+                CpuStorage::F32(operands.multiply(&a, &b))
+            }
         };
         Ok((out, operands.shape(l1)))
     }
@@ -220,7 +223,8 @@ impl InplaceOp3 for ProductTo {
         let (CpuStorage::F32(out), Some((begin, end))) = (s1, l1.contiguous_offsets()) else {
             bail!("this operation needs contiguous f32 tensors");
         };
-        operands.multiply_to(&mut out[begin..end], &widened(s2)?, &widened(s3)?);
+        let [lhs, rhs] = widened(s2, s3)?;
+        operands.multiply_to(&mut out[begin..end], &lhs, &rhs);
         Ok(())
     }
 
@@ -378,6 +382,9 @@ mod tests {
             let of = |t: &Tensor| t.to_dtype(DType::F64).unwrap().contiguous().unwrap();
             let expected = of(&lhs).matmul(&of(&rhs)).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
             prop_assert_eq!(of(&out).flatten_all().unwrap().to_vec1::<f64>().unwrap(), expected);
+            if matches!(dtype, DType::BF16 | DType::F16) {
+                prop_assert!(product(&lhs, &rhs.to_dtype(DType::F32).unwrap()).is_err());
+            }
             if !batched {
                 // Into the middle of a tensor, and nothing else of it.
                 let into = Tensor::full(7f64, (m + 2, n), &Device::Cpu).unwrap().to_dtype(out.dtype()).unwrap();

@@ -100,15 +100,19 @@ impl Sent {
 }
 
 /// x Wᵀ + b in f32, of several linears of one shape and each its own rows of `x`: of the first linear as many as `counts` has first, and so on.
-fn forward_each(linears: &[&Linear], counts: &[usize], x: &Tensor) -> Result<Tensor> {
-    let Some(first) = linears.first() else {
+fn forward_each<'a>(
+    linears: impl Iterator<Item = &'a Linear> + Clone,
+    counts: &[usize],
+    x: &Tensor,
+) -> Result<Tensor> {
+    let Some(first) = linears.clone().next() else {
         candle_core::bail!("no expert's linear");
     };
     // Rounded once for all.
     let x = x.to_dtype(first.precision())?;
     let y = Tensor::zeros((x.dim(0)?, first.weight.sides()?.0), DType::F32, x.device())?;
     let mut begin = 0;
-    for (linear, &count) in linears.iter().zip(counts) {
+    for (linear, &count) in linears.zip(counts) {
         if count > 0 {
             linear.forward_to(&x.narrow(0, begin, count)?, &y.narrow(0, begin, count)?)?;
             begin += count;
@@ -144,15 +148,15 @@ impl Block {
 
     /// input of gate and up, rows of one expert after the other, `counts` of each → input of their downs. `linears` are each one's gate and up.
     pub fn gate_each(&self, x: &Tensor, counts: &[usize], linears: &[Linear]) -> Result<Tensor> {
-        let each = |first: usize| linears.iter().skip(first).step_by(2).collect::<Vec<_>>();
-        let gate = forward_each(&each(0), counts, x)?;
-        ops::multiply_gated(&gate, &forward_each(&each(1), counts, x)?, self.spec.activation)?;
+        let (gates, ups) = (linears.iter().step_by(2), linears.iter().skip(1).step_by(2));
+        let gate = forward_each(gates, counts, x)?;
+        ops::multiply_gated(&gate, &forward_each(ups, counts, x)?, self.spec.activation)?;
         Ok(gate)
     }
 
     /// input of the downs of several experts, as [`Self::gate_each`] has it → their outputs
     pub fn down_each(&self, x: &Tensor, counts: &[usize], downs: &[Linear]) -> Result<Tensor> {
-        forward_each(&downs.iter().collect::<Vec<_>>(), counts, x)
+        forward_each(downs.iter(), counts, x)
     }
 
     /// input of gate and up → the shared expert's gate of each token, `[tokens, 1]`, where it has one
@@ -224,7 +228,7 @@ mod tests {
             let total: usize = counts.iter().sum();
             prop_assume!(total > 0);
             let x = tensor(&[total, columns], 3);
-            let ours = forward_each(&linears.iter().collect::<Vec<_>>(), &counts, &x).unwrap();
+            let ours = forward_each(linears.iter(), &counts, &x).unwrap();
             let mut expected = Vec::new();
             for (linear, &count) in linears.iter().zip(&counts) {
                 if count > 0 {

@@ -115,7 +115,7 @@ fn write(
         None => note(shared, block, rows),
         Some(sync) => {
             let shared = Arc::clone(shared);
-            sync.run(move || booked(Some(&shared.clock), "sync, behind", || note(&shared, block, rows)))
+            sync.run(move || shared.clock.book("sync, behind", || note(&shared, block, rows)))
         }
     }
 }
