@@ -134,7 +134,9 @@ impl Job {
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, self.placement.clone())?;
         let mut plan = Plan::new(self.recipe.clone(), &tower)?;
-        plan.group_experts(self.memory, &self.load());
+        let load = self.load();
+        plan.group_experts(self.memory, &load);
+        plan.place_inner(&load, self.device_memory, &self.placement);
         Ok((tower, plan))
     }
 

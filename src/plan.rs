@@ -107,6 +107,10 @@ pub struct Plan {
     experts_per_step: usize,
     /// Bytes that a token has between two steps.
     token_bytes: usize,
+    /// What it has where an MLP's inner activations are not kept.
+    token_bytes_least: usize,
+    /// Whether they are.
+    keeps_inner: bool,
     /// What it takes to dequantize the source's largest weight, besides the result.
     reading_bytes: u64,
     /// Bytes of a weight on the device, where the work is done on one.
@@ -203,10 +207,13 @@ impl Plan {
             blocks: tower.blocks(),
             experts_per_step: 1,
             token_bytes: 0,
+            token_bytes_least: 0,
+            keeps_inner: true,
             device_weight_bytes: (tower.placement().on_device).then(|| tower.precision().size_in_bytes()),
             reading_bytes: 0,
         };
-        plan.token_bytes = steps::token_bytes(tower, &plan.linears);
+        plan.token_bytes = steps::token_bytes(tower, &plan.linears, true);
+        plan.token_bytes_least = steps::token_bytes(tower, &plan.linears, false);
         plan.cut(1);
         plan.place(tower)?;
         Ok(plan)
@@ -344,8 +351,25 @@ impl Plan {
 
     /// The earlier steps whose linears carry a batch to the inputs of this one.
     pub fn carriers(&self, step: u64) -> Range<u64> {
-        let carriers = steps::carriers(&self.steps, step as usize);
+        let carriers = steps::carriers(&self.steps, step as usize, self.keeps_inner);
         carriers.start as u64..carriers.end as u64
+    }
+
+    /// The steps before `step` whose linears carry a batch from there on: they wait meanwhile.
+    pub fn waiting(&self, step: u64) -> Range<u64> {
+        let next = (step + 1 < self.steps()).then(|| self.carriers(step + 1).start);
+        next.map_or(step, |first| first.min(step))..step
+    }
+
+    /// Of [`Self::carriers`], those that no later step takes.
+    pub fn served(&self, step: u64) -> Range<u64> {
+        let carriers = self.carriers(step);
+        carriers.start..carriers.end.min(self.waiting(step).start)
+    }
+
+    /// Whether the input of a down at `step` is kept for who leaves the MLP: not where gate and up make it again, or nobody does.
+    pub fn keeps_inner(&self, step: u64) -> bool {
+        step + 1 < self.steps() && self.waiting(step).is_empty()
     }
 
     /// The linears of steps that lie together.

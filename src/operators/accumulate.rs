@@ -148,8 +148,7 @@ pub fn accumulate<'scope>(
                             });
                         }
                         // What carried the batches here has served.
-                        plan.carriers(step)
-                            .for_each(|carrier| shared.stages.forget(carrier));
+                        plan.served(step).for_each(|served| shared.stages.forget(served));
                     }
                     local.run("accumulate", || empty_pools(&local.shared));
                     for site in plan.step_sites(step).iter().copied().filter(|site| owned(*site)) {

@@ -1,5 +1,6 @@
 //! `forward`: carries each batch from the site quantized last to the next one, through the linears just installed, in the quantized
-//! stream and, where the original is matched, in the full-precision one. Every linear runs exactly once a stream.
+//! stream and, where the original is matched, in the full-precision one. Every linear runs exactly once a stream, but for a gate and an up
+//! whose output there is no room for on a device: they make it again.
 
 use super::activations::{Key, PROBE, Slot, Stream};
 use super::local::Local;
@@ -232,9 +233,10 @@ fn advance_stream(passage: &Passage<'_>, step: u64) -> Result<Option<Tensor>> {
         }
         // Of the MLP, or of a mixture's shared expert.
         SiteKind::Down => {
-            let x = layer.gate(&layer.mlp_input(&passage.get(Slot::Residual)?)?, &before()?)?;
-            let x = passage.rounded(x)?;
-            passage.put(Slot::SiteInput, &x)?;
+            let x = inner(passage, &layer, &passage.get(Slot::Residual)?, step - 1)?;
+            if plan.keeps_inner(step) {
+                passage.put(Slot::SiteInput, &x)?;
+            }
             x
         }
         SiteKind::ExpertDown(_) => return Err(Error::Worker("experts go in groups".into())),
@@ -242,9 +244,15 @@ fn advance_stream(passage: &Passage<'_>, step: u64) -> Result<Option<Tensor>> {
     Ok(Some(x))
 }
 
+/// From the residual after the attention to the input of an MLP's down, through the linears of step `gate_up`.
+fn inner(passage: &Passage<'_>, layer: &Block, residual: &Tensor, gate_up: u64) -> Result<Tensor> {
+    passage.rounded(layer.gate(&layer.mlp_input(residual)?, &passage.linears(gate_up)?)?)
+}
+
 /// From the input of a block's last downs, those of step `last`, to the residual after the block.
 fn leave(passage: &Passage<'_>, last: u64) -> Result<()> {
-    let (block, _) = passage.local.shared.plan.step(last);
+    let plan = &passage.local.shared.plan;
+    let (block, _) = plan.step(last);
     let layer = passage.layer(block)?;
     let after = match layer.mixture {
         Some(_) => {
@@ -252,8 +260,12 @@ fn leave(passage: &Passage<'_>, last: u64) -> Result<()> {
             layer.join_mixture(&passage.get(Slot::Residual)?, sum)?
         }
         None => {
-            let x = passage.expect(Slot::SiteInput)?;
-            layer.join_mlp(&passage.get(Slot::Residual)?, &x, &passage.linears(last)?)?
+            let residual = passage.get(Slot::Residual)?;
+            let x = match plan.keeps_inner(last) {
+                true => passage.expect(Slot::SiteInput)?,
+                false => inner(passage, &layer, &residual, last - 1)?,
+            };
+            layer.join_mlp(&residual, &x, &passage.linears(last)?)?
         }
     };
     passage.put(Slot::Residual, &after)

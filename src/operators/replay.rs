@@ -49,10 +49,8 @@ pub fn replay<'scope>(begin: StreamVec<'scope, u64, Go>, local: Rc<Local>) -> St
         local,
         move |step, _: Vec<u64>| {
             // What carried the batches here has served, on every worker.
-            shared
-                .plan
-                .carriers(step)
-                .for_each(|carrier| shared.stages.forget(carrier));
+            let served = shared.plan.served(step);
+            served.for_each(|served| shared.stages.forget(served));
             Ok(vec![step + 1])
         },
     )

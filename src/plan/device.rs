@@ -22,6 +22,25 @@ const REFINE_MATRICES: u64 = 3;
 const MATCH_MATRICES: u64 = 3;
 
 impl Plan {
+    /// Has the inner activations of an MLP kept between its steps where all activations of `load` have room on the device. Elsewhere they would go to
+    /// the host and come back: gate and up make them again in less time, and what lies on the host is half as much.
+    pub fn place_inner(&mut self, load: &Load, memory: Option<u64>, placement: &Placement) {
+        if let Some(weight_bytes) = self.device_weight_bytes
+            && self.token_bytes_least < self.token_bytes
+        {
+            let memory = memory.unwrap_or_else(|| placement.available_bytes());
+            self.keeps_inner = true;
+            self.keeps_inner = self.fixed_bytes(load, weight_bytes) + self.activation_bytes(load) <= memory;
+        }
+    }
+
+    /// Predicted peak of bytes on the device, activations between steps aside.
+    fn fixed_bytes(&self, load: &Load, weight_bytes: usize) -> u64 {
+        let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
+        let largest = (0..self.steps()).map(bytes).max().unwrap_or(0);
+        BASE_BYTES + largest + largest / POOL_PART
+    }
+
     /// Fits what is on the device into `memory` bytes there, or else into what it has free; activations have what the largest step leaves.
     ///
     /// # Errors
@@ -31,10 +50,7 @@ impl Plan {
             return Ok(fit);
         };
         let memory = memory.unwrap_or_else(|| placement.available_bytes());
-        let load = &fit.load;
-        let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
-        let largest = (0..self.steps()).map(bytes).max().unwrap_or(0);
-        let fixed = BASE_BYTES + largest + largest / POOL_PART;
+        let fixed = self.fixed_bytes(&fit.load, weight_bytes);
         if fixed > memory {
             return Err(Error::usage(
                 "--device-memory",
@@ -42,7 +58,7 @@ impl Plan {
                 format!("the smallest budget that would is {fixed} bytes; --device cpu needs none"),
             ));
         }
-        let activations = self.activation_bytes(load);
+        let activations = self.activation_bytes(&fit.load);
         let on_device = activations.min(memory - fixed);
         let elsewhere = activations - on_device;
         let resident = fit.resident_activation_bytes.min(elsewhere);
@@ -81,13 +97,20 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         let elements = linears.iter().map(|linear| (linear.rows * linear.columns) as u64);
         elements.sum::<u64>() * weight_bytes
     };
-    let (linears, before) = (plan.step_linears(step), plan.carrying(plan.carriers(step)));
+    let linears = plan.step_linears(step);
     let width = plan.width(step);
     let sites = plan.step_sites(step).len() as u64;
     let square = |width: usize| (width * width * 8) as u64;
     let half = |width: usize| elements(width, Shape::Upper) as u64 * 8;
     let originals = weights(linears) * (1 + matching);
-    let carriers = weights(before) * (1 + matching);
+    let held = |steps| weights(plan.carrying(steps)) * (1 + matching);
+    let waiting = match load.graph {
+        Graph::Sequential | Graph::Statistics { .. } => plan.waiting(step),
+        Graph::Solve { .. } | Graph::DataFree => step..step,
+    };
+    let before = plan.carriers(step);
+    let carriers = held(before.start.min(waiting.start)..step);
+    let waiting = held(waiting);
     let sums = match load.graph {
         Graph::DataFree => 0,
         _ => sites * (half(width) * (1 + held_out) + square(width) * matching),
@@ -101,8 +124,14 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         Graph::DataFree | Graph::Statistics { .. } => 0,
         _ => triangles(width) + half(width) * (refined.max(matching) + held_out) + square(width) * matching,
     };
-    let waiting = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
-    let batch = batch_bytes(plan, load, step, before);
+    let shared = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
+    let batch = match makes_inner(plan, step) {
+        false => batch_bytes(plan, load, step, plan.carrying(before)),
+        true => {
+            let again = batch_bytes(plan, load, step - 1, plan.step_linears(step - 2));
+            again.max(batch_bytes(plan, load, step, plan.step_linears(step - 1)))
+        }
+    };
     // Those that are written, and those that wait to be; a byte a weight.
     let codes = |step: u64| weights(plan.step_linears(step)) / weight_bytes;
     let behind = match load.graph {
@@ -124,10 +153,13 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     };
     originals
         + behind
-        + waiting
-        + (carriers + batch + sums)
-            .max(sums + sites * triangles(width))
-            .max(solve)
+        + shared
+        + (carriers + batch + sums).max(waiting + (sums + sites * triangles(width)).max(solve))
+}
+
+/// Whether a batch's inner activations are made again on its way to `step`.
+fn makes_inner(plan: &Plan, step: u64) -> bool {
+    plan.step(step).1 == SiteKind::Qkv && step.checked_sub(1).is_some_and(|down| !plan.keeps_inner(down))
 }
 
 /// What a batch takes on its way to a step, through the linears `before`, in one stream; the other stream's input waits.
@@ -166,10 +198,16 @@ fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) ->
         _ => 0,
     };
     // What is on its way to the host and back, where not all activations have room here: residuals, and inputs of 16 bits.
-    let (leaving, coming) = match site {
-        SiteKind::O | SiteKind::Down => (2 * width, 4 * inner),
-        SiteKind::ExpertDown(_) => (4 * inner, 4 * inner),
-        _ => (4 * width, (4 * width).max(2 * inner)),
+    let leaving = match site {
+        SiteKind::Down if !plan.keeps_inner(step) => 0,
+        SiteKind::O | SiteKind::Down => 2 * width,
+        SiteKind::ExpertDown(_) => 4 * inner,
+        _ => 4 * width,
+    };
+    let coming = match site {
+        SiteKind::O | SiteKind::Down | SiteKind::ExpertDown(_) => 4 * inner,
+        _ if makes_inner(plan, step) => 4 * width,
+        _ => (4 * width).max(2 * inner),
     };
     let parked = LEAVING as u64 * leaving + AHEAD as u64 * coming;
     load.batch_tokens as u64 * ((copies * outputs + inputs) * 4 + sent + parked)

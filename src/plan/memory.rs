@@ -197,7 +197,11 @@ impl Plan {
 
     /// Activations between steps, of all batches and the probe, in each stream.
     pub(super) fn activation_bytes(&self, load: &Load) -> u64 {
-        ((load.tokens + PROBE_TOKENS) * load.streams * self.token_bytes) as u64
+        let token_bytes = match self.keeps_inner {
+            true => self.token_bytes,
+            false => self.token_bytes_least,
+        };
+        ((load.tokens + PROBE_TOKENS) * load.streams * token_bytes) as u64
     }
 
     /// Predicted peak of resident bytes of a step, activations aside.
@@ -316,12 +320,9 @@ impl Needs {
             Graph::Sequential | Graph::DataFree => 0,
         };
         let linears = plan.step_linears(step);
-        // Weights that have served no batch yet, of earlier steps.
-        let waiting = match load.graph {
-            Graph::Sequential | Graph::Statistics { .. } if step + 1 < plan.steps() => {
-                let next = plan.carriers(step + 1);
-                next.start..step.max(next.start)
-            }
+        // Weights of earlier steps that a later one takes; those on a device take nothing here.
+        let waiting = match (load.graph, plan.device_weight_bytes) {
+            (Graph::Sequential | Graph::Statistics { .. }, None) => plan.waiting(step),
             _ => 0..0,
         };
         let original = |linear: &PlannedLinear| plan.original_bytes(linear);

@@ -62,22 +62,32 @@ fn cut_block(linears: &[PlannedLinear], experts: usize) -> Vec<Step> {
 }
 
 /// The earlier steps whose linears carry a batch to the input of `step`: the one before, but for latent attention, where `q_b` and
-/// `kv_b` serve together.
-pub(super) fn carriers(steps: &[Step], step: usize) -> Range<usize> {
+/// `kv_b` serve together, and for an MLP whose inner activations are not kept: gate and up make them again.
+pub(super) fn carriers(steps: &[Step], step: usize, keeps_inner: bool) -> Range<usize> {
     let site = |back: usize| step.checked_sub(back).map(|at| steps[at].sites[0]);
     match (steps[step].sites[0], site(1), site(2)) {
         (SiteKind::KvB, Some(SiteKind::QB), _) => step..step,
         (SiteKind::O, Some(SiteKind::KvB), Some(SiteKind::QB)) => step - 2..step,
+        // A mixture's shared expert has its down there, too, but the first gate and up are of a routed one.
+        (SiteKind::Qkv, Some(SiteKind::Down), Some(SiteKind::GateUp))
+            if !keeps_inner && steps[step - 2].leads =>
+        {
+            step - 2..step
+        }
         _ => step.saturating_sub(1)..step,
     }
 }
 
-/// Bytes that a token has between two steps: the residual in f32 and the widest input in 16 bits; with latent attention its latents;
-/// in a mixture the sum of the experts' outputs in f32, and an input for each expert that the token is sent to.
-pub(super) fn token_bytes(tower: &Tower, linears: &[PlannedLinear]) -> usize {
+/// Bytes that a token has between two steps: the residual in f32 and the widest input in 16 bits, that of an MLP's down among them where
+/// `keeps_inner`; with latent attention its latents; in a mixture the sum of the experts' outputs in f32, and an input for each expert that the
+/// token is sent to.
+pub(super) fn token_bytes(tower: &Tower, linears: &[PlannedLinear], keeps_inner: bool) -> usize {
     let spec = &tower.spec.block;
     let residual = spec.hidden_size * 4;
-    let widest = linears.iter().map(|linear| linear.columns * 2).max().unwrap_or(0);
+    let is_inner =
+        |linear: &PlannedLinear| linear.site == SiteKind::Down && !tower.spec.layers[linear.block].mixture;
+    let kept = linears.iter().filter(|linear| keeps_inner || !is_inner(linear));
+    let widest = kept.map(|linear| linear.columns * 2).max().unwrap_or(0);
     let latents = spec.mla.map_or(0, |mla| {
         let query = mla.q_lora_rank.unwrap_or(spec.heads * spec.head_dim);
         2 * (query + mla.kv_lora_rank + mla.qk_rope_head_dim)
