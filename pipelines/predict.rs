@@ -86,7 +86,7 @@ pub fn losses(
     let gathered = gathered.lock().map(|mut chunks| std::mem::take(&mut *chunks));
     let mut chunks = gathered.map_err(|_| Error::Worker("it stopped while it gathered losses".into()))?;
     // In order of rows, so that sums do not depend on the number of workers.
-    chunks.sort_by_key(|chunk| (chunk.linear, chunk.chunk));
+    chunks.sort_by_key(|chunk| (chunk.linear, chunk.first_row));
     let mut losses = vec![vec![0.0; widths.len()]; linears];
     for chunk in chunks {
         for (sum, loss) in losses[chunk.linear].iter_mut().zip(chunk.losses) {

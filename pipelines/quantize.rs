@@ -134,9 +134,7 @@ impl Job {
     pub fn plan(&self) -> Result<(Tower, Plan)> {
         let tower = Tower::open(&self.model, self.placement.clone())?;
         let mut plan = Plan::new(self.recipe.clone(), &tower)?;
-        let load = self.load();
-        plan.group_experts(self.memory, &load);
-        plan.place_inner(&load, self.device_memory, &self.placement);
+        plan.arrange(&self.load(), self.memory, self.device_memory, &self.placement);
         Ok((tower, plan))
     }
 

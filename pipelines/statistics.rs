@@ -198,8 +198,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
         tokens: tokens.iter().sum(),
         streams: 1,
     };
-    plan.group_experts(job.memory, &load);
-    plan.place_inner(&load, job.device_memory, &job.placement);
+    plan.arrange(&load, job.memory, job.device_memory, &job.placement);
     let fit = plan.fit(&load, job.memory, system::available_host_bytes())?;
     let fit = plan.fit_device(fit, job.device_memory, &job.placement)?;
     let planned = (fit.peak_host_bytes, fit.peak_device_bytes);

@@ -1,12 +1,14 @@
 //! The ordered work of a run with its predicted bytes: pure data, made from a recipe and a checkpoint's headers.
 
 mod bytes;
+mod chunks;
 mod device;
 mod measurement;
 mod memory;
 mod steps;
 mod time;
 
+pub use chunks::{Chunk, Part};
 pub use measurement::MeasurementFit;
 pub use memory::{Fit, Graph, Load};
 pub use time::Work;
@@ -22,8 +24,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
 use std::ops::Range;
 
-/// Weight rows that are solved together. Fixed, so that the work's split never depends on the number of workers.
-pub const CHUNK_ROWS: usize = 128;
 /// A quantized weight on its way from the memory map to f32: its stored bytes, and a byte a code.
 const READING_BYTES_PER_CODE: u64 = 2;
 

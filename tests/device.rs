@@ -409,6 +409,12 @@ fn mixtures_and_latent_attention_run_on_a_device() {
             assert_eq!(cpu.linears, device.linears);
             let ratio = device.relative_error_mean / cpu.relative_error_mean;
             assert!((0.95..1.05).contains(&ratio), "{name}: {ratio}");
+            let least = run(&Job {
+                device_memory: smallest(&job("least", placement)),
+                ..job(&format!("{index}-least"), placement)
+            })
+            .unwrap();
+            assert_eq!(least.output_digest, device.output_digest, "{name}");
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::numerics::scales::{Scales, search};
 use crate::numerics::solver::{GptqOptions, SolvedRows};
 use crate::numerics::{Grid, QuantizedWeight};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
+use std::ops::Range;
 
 /// Columns of a block. kernels/solver.cu keeps a block of a lane in shared memory.
 const BLOCK: usize = 64;
@@ -38,7 +39,7 @@ pub fn round_to_nearest(weights: &Tensor, grid: Grid) -> Result<Solved> {
     let problem = Problem::new(weights, grid)?;
     let importance = Tensor::ones(problem.width, DType::F64, weights.device())?;
     let (state, scales) = problem.round(&lanes_of(weights)?, &importance)?;
-    let tallies = state.narrow(0, problem.width, 3)?;
+    let tallies = state.narrow(0, problem.width, 3)?.t()?;
     problem.solved(&state.narrow(0, 0, problem.width)?, &scales, tallies)
 }
 
@@ -85,7 +86,7 @@ pub fn gptq(weights: &Tensor, factor: &Factor, grid: Grid, options: GptqOptions)
             problem.refine(&original, target, &scales, &hessian, options.refine_rounds)?
         }
     };
-    let tallies = Tensor::stack(&[errors, energies, clipped], 0)?;
+    let tallies = Tensor::stack(&[errors, energies, clipped], 1)?;
     problem.solved(&codes, &scales, tallies)
 }
 
@@ -105,7 +106,7 @@ pub fn output_error(weights: &Tensor, solved: &Solved, hessian: &Symmetric) -> R
 #[derive(Clone, Debug)]
 pub struct Solved {
     codes: Codes,
-    /// Squared error, energy and clipped codes of each row, `[3, rows]` f64.
+    /// Squared error, energy and clipped codes of each row, `[rows, 3]` f64.
     tallies: Tensor,
     made: Mark,
 }
@@ -119,7 +120,7 @@ impl Solved {
         let codes = &self.codes;
         let (rows, columns) = codes.codes.dims2()?;
         let tallies: Vec<f64> = download(&self.tallies, &self.made)?;
-        let tally = |at: usize| tallies[at * rows..][..rows].iter().sum::<f64>();
+        let tally = |at: usize| tallies.iter().skip(at).step_by(3).sum::<f64>();
         Ok(SolvedRows {
             weight: QuantizedWeight {
                 grid: codes.grid,
@@ -132,6 +133,24 @@ impl Solved {
             error: tally(0),
             energy: tally(1),
             clipped: tally(2) as u64,
+        })
+    }
+
+    /// Some of its rows, where they are.
+    ///
+    /// # Errors
+    /// It has no such rows.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let of = |values: &Tensor| values.narrow(0, rows.start, rows.len());
+        Ok(Self {
+            codes: Codes {
+                grid: self.codes.grid,
+                codes: of(&self.codes.codes)?,
+                scales: of(&self.codes.scales)?,
+                zeros: of(&self.codes.zeros)?,
+            },
+            tallies: of(&self.tallies)?,
+            made: self.made.clone(),
         })
     }
 

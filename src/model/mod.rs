@@ -19,6 +19,6 @@ pub use block::{Block, Norms};
 pub use coded::Coded;
 pub use linear::{Linear, Weight, panel_rows};
 pub use rotary::Rotary;
-pub use sites::{LinearSpec, SiteKind};
+pub use sites::{FusedSlice, LinearSpec, SiteKind};
 pub use source::{LOGITS_BYTES, LoadedBlock, Source};
 pub use tower::Tower;

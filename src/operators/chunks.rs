@@ -1,122 +1,122 @@
-//! The rows of a step's linears in chunks of fixed size, dealt over the workers, one chunk an activation: the pattern of those operators
+//! The rows of a step's linears in the plan's chunks, dealt over the workers, one chunk an activation: the pattern of those operators
 //! that look at weights with a factor at hand.
 
 use super::local::Local;
 use super::records::Factored;
-use crate::device::solver::rows_at_a_time;
 use crate::error::{Error, Result};
-use crate::model::{Linear, Weight};
-use crate::plan::{CHUNK_ROWS, PlannedLinear};
+use crate::model::Weight;
+use crate::plan::{self, Part};
 use candle_core::Tensor;
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::Deref;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
 use timely::dataflow::operators::{Capability, Operator};
 
-/// Rows of one linear.
+/// Rows of a step, and what they are worked on with.
 #[derive(Clone, Debug)]
 pub struct Chunk {
     /// Step of the plan.
     pub step: u64,
-    /// Position of the linear in the plan.
-    pub linear: usize,
-    /// Position of the chunk within the linear.
-    pub chunk: usize,
-    /// Factors of the linear's input.
+    /// Factors of the rows' input.
     pub factored: Factored,
+    planned: plan::Chunk,
+}
+
+impl Deref for Chunk {
+    type Target = plan::Chunk;
+
+    fn deref(&self) -> &plan::Chunk {
+        &self.planned
+    }
 }
 
 impl Chunk {
-    /// Its rows of the linear.
-    pub fn rows(&self, local: &Local) -> Range<usize> {
-        let planned = &local.shared.plan.linears[self.linear];
-        let height = chunk_rows(local, planned);
-        let first = self.chunk * height;
-        first..planned.rows.min(first + height)
-    }
-
     /// Its part of the rows that are chosen codes for in this step.
     fn share(&self, local: &Local) -> f64 {
-        let solved = |linear: &&PlannedLinear| linear.to_solve().is_some();
-        let linears = local.shared.plan.step_linears(self.step).iter();
-        let rows: usize = linears.filter(solved).map(|linear| linear.rows).sum();
-        match local.shared.plan.linears[self.linear].to_solve() {
-            Some(_) => self.rows(local).len() as f64 / rows as f64,
-            None => 0.0,
-        }
+        let plan = &local.shared.plan;
+        let is_solved = |linear: usize| plan.linears[linear].to_solve().is_some();
+        let linears = plan.step_linears(self.step).iter();
+        let rows: usize = (linears.filter(|linear| is_solved(linear.index)))
+            .map(|linear| linear.rows)
+            .sum();
+        let own = self.parts.iter().filter(|part| is_solved(part.linear));
+        own.map(|part| part.rows.len() as f64 / rows as f64).sum()
     }
 
-    /// Its original weights, `[rows, columns]`, on the device where the linear is whole.
+    /// The original weights of a part, `[rows, columns]`, on the device where the linear is whole.
     ///
     /// # Errors
     /// They cannot be read, or are not there.
-    pub fn tensor(&self, local: &Local) -> Result<Tensor> {
-        let rows = self.rows(local);
-        match &self.linear(local)?.weight {
-            Weight::Whole(weight) => Ok(weight.narrow(0, rows.start, rows.len())?),
+    pub fn tensor(&self, local: &Local, part: &Part) -> Result<Tensor> {
+        let read = |weight: &Weight| match weight {
+            Weight::Whole(weight) => Ok(weight.narrow(0, part.rows.start, part.rows.len())?),
             _ => Err(Error::Worker("these weights are not on a device".into())),
+        };
+        self.read(local, part, read)
+    }
+
+    /// Those of all parts, one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn joined(&self, local: &Local) -> Result<Tensor> {
+        let parts = self.parts.iter().map(|part| self.tensor(local, part));
+        match &parts.collect::<Result<Vec<_>>>()?[..] {
+            [part] => Ok(part.clone()),
+            parts => Ok(Tensor::cat(parts, 0)?),
         }
     }
 
-    /// Its original weights in memory, in f32, row-major.
+    /// The original weights of a part in memory, in f32, row-major.
     ///
     /// # Errors
     /// They cannot be read.
-    pub fn weights(&self, local: &Local) -> Result<Vec<f32>> {
-        Ok(self.linear(local)?.weight.rows(self.rows(local))?)
+    pub fn weights(&self, local: &Local, part: &Part) -> Result<Vec<f32>> {
+        self.read(local, part, |weight| Ok(weight.rows(part.rows.clone())?))
     }
 
-    fn linear(&self, local: &Local) -> Result<Linear> {
+    fn read<T>(&self, local: &Local, part: &Part, read: impl FnOnce(&Weight) -> Result<T>) -> Result<T> {
         let shared = &local.shared;
-        let planned = &shared.plan.linears[self.linear];
         let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
-        Ok(originals[planned.slot].clone())
+        read(&originals[shared.plan.linears[part.linear].slot].weight)
     }
 }
 
-/// Rows of a chunk: what fits a core's caches, or all that a device has room for.
-fn chunk_rows(local: &Local, linear: &PlannedLinear) -> usize {
-    match local.shared.tower.placement().on_device {
-        true => rows_at_a_time(linear.columns),
-        false => CHUNK_ROWS,
-    }
-}
-
-/// What `work` makes of the chunks that fall to this worker. An error halts the run.
+/// What `work` makes of the parts of the chunks that fall to this worker. An error halts the run.
 pub fn by_chunk<'scope, T: Clone + 'static>(
     factors: StreamVec<'scope, u64, Factored>,
     name: &'static str,
     local: Rc<Local>,
-    mut work: impl FnMut(&Local, Chunk) -> Result<T> + 'static,
+    mut work: impl FnMut(&Local, Chunk) -> Result<Vec<T>> + 'static,
 ) -> StreamVec<'scope, u64, T> {
     let scope = factors.scope();
     factors.unary::<CapacityContainerBuilder<Vec<T>>, _, _, _>(Pipeline, name, move |_, info| {
         let again = scope.worker().activator_for(info.address);
         let mut queue: VecDeque<(Capability<u64>, Chunk)> = VecDeque::new();
+        // Of the step in work: a mixture's has many records.
+        let mut planned = (u64::MAX, Vec::new());
         move |input, output| {
             input.for_each_stamp(|capability, data| {
                 let Some(capability) = capability.retain_least(output.output_index()) else {
                     return;
                 };
                 let step = *capability.time();
+                if planned.0 != step {
+                    planned = (step, local.shared.plan.chunks(step));
+                }
                 for factored in data.flat_map(|container| container.drain(..)) {
-                    let linears = local.shared.plan.step_linears(step).iter();
-                    let chunks = linears.flat_map(|linear| {
-                        (0..linear.rows.div_ceil(chunk_rows(&local, linear)))
-                            .map(move |chunk| (linear, chunk))
+                    let own = planned.1.iter().enumerate().filter(|(i, chunk)| {
+                        i % local.peers == local.index && factored.site.is_none_or(|site| site == chunk.site)
                     });
-                    let own = chunks.enumerate().filter(|(i, (linear, _))| {
-                        i % local.peers == local.index && factored.site.is_none_or(|site| site == linear.site)
-                    });
-                    queue.extend(own.map(|(_, (linear, chunk))| {
+                    queue.extend(own.map(|(_, planned)| {
+                        let (factored, planned) = (factored.clone(), planned.clone());
                         let chunk = Chunk {
                             step,
-                            linear: linear.index,
-                            chunk,
-                            factored: factored.clone(),
+                            factored,
+                            planned,
                         };
                         (capability.clone(), chunk)
                     }));
@@ -125,9 +125,9 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
             if let Some((capability, chunk)) = queue.pop_front() {
                 let made = local.run(name, || {
                     let shared = &local.shared;
-                    let planned = &shared.plan.linears[chunk.linear];
+                    let bytes = |part: &Part| shared.plan.chunk_bytes(&shared.plan.linears[part.linear]);
                     let _work = (
-                        (shared.budget).take("a chunk of weights", shared.plan.chunk_bytes(planned))?,
+                        (shared.budget).take("a chunk of weights", chunk.parts.iter().map(bytes).sum())?,
                         shared.take_panels(chunk.step, 1)?,
                     );
                     let (step, share) = (chunk.step, chunk.share(&local));
@@ -136,7 +136,7 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                     Ok(made)
                 });
                 match made {
-                    Some(made) => output.session(&capability).give(made),
+                    Some(made) => output.session(&capability).give_iterator(made.into_iter()),
                     None => queue.clear(),
                 }
                 if !queue.is_empty() {

@@ -36,7 +36,7 @@ pub fn pack<'scope>(
             let linears = linears.into_iter();
             linears
                 .map(|(linear, mut chunks)| {
-                    chunks.sort_by_key(|chunk| chunk.chunk);
+                    chunks.sort_by_key(|chunk| chunk.first_row);
                     let planned = &shared.plan.linears[linear];
                     if let Some(values) = values(&shared, &chunks)? {
                         return Ok(PackedLinear {

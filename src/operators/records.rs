@@ -151,8 +151,8 @@ impl Rows {
 pub struct SolvedChunk {
     /// Position in the plan.
     pub linear: usize,
-    /// Position of the chunk within the linear.
-    pub chunk: usize,
+    /// The first of the rows.
+    pub first_row: usize,
     /// `None` for a linear that is left alone.
     pub rows: Option<Rows>,
     /// The factor's damping and dead columns, for the report.
@@ -186,8 +186,8 @@ pub struct FactorFacts {
 pub struct PredictedChunk {
     /// Position in the plan.
     pub linear: usize,
-    /// Position of the chunk within the linear.
-    pub chunk: usize,
+    /// The first of the rows.
+    pub first_row: usize,
     /// One a width, in the order that was asked for.
     pub losses: Vec<f64>,
 }

@@ -4,11 +4,12 @@ use super::chunks::{Chunk, by_chunk};
 use super::local::Local;
 use super::records::{FactorFacts, Factored, Rows, SiteFactors, SolvedChunk};
 use crate::budget::Grant;
-use crate::device::{self, hessian::Symmetric};
+use crate::device::{self, hessian::Symmetric, solver::Solved};
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
 use crate::numerics::panels::Panels;
 use crate::numerics::solver::{GptqOptions, gptq, output_error, round_to_nearest};
+use crate::plan::Part;
 use crate::system::thread_cpu;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,50 +23,72 @@ pub fn solve<'scope>(
     by_chunk(factors, "solve", local, solve_chunk)
 }
 
-fn solve_chunk(local: &Local, given: Chunk) -> Result<SolvedChunk> {
+fn solve_chunk(local: &Local, given: Chunk) -> Result<Vec<SolvedChunk>> {
     let begin = thread_cpu();
-    let plan = &local.shared.plan;
-    let planned = &plan.linears[given.linear];
+    let shared = &local.shared;
+    let to_solve = |part: &Part| shared.plan.linears[part.linear].to_solve();
     // What stays on a device takes no memory.
-    let bytes = match local.shared.tower.placement().on_device {
-        true => Grant::default(),
-        false => {
-            let codes = plan.code_bytes(planned, given.rows(local).len());
-            local.shared.budget.take("codes", codes)?
-        }
+    let bytes = given
+        .parts
+        .iter()
+        .map(|part| match shared.tower.placement().on_device {
+            true => Ok(Grant::default()),
+            false => {
+                let planned = &shared.plan.linears[part.linear];
+                let codes = shared.plan.code_bytes(planned, part.rows.len());
+                shared.budget.take("codes", codes)
+            }
+        });
+    let bytes: Vec<Grant> = bytes.collect::<Result<_>>()?;
+    // What is solved together stays together where an earlier output holds a part of it: a device's products may depend on their number of rows.
+    let solutions = match given.parts.iter().find_map(to_solve) {
+        None => Vec::new(),
+        Some(grid) => solve_rows(local, &given, grid)?,
     };
-    let solution = match planned.to_solve() {
-        None => None,
-        Some(grid) => Some(solve_rows(local, &given, grid)?),
-    };
-    let (rows, facts, held_out) = match solution {
-        None => (None, None, None),
-        Some(Solution {
+    let seconds = (thread_cpu() - begin).as_secs_f64() / given.rows() as f64;
+    let mut solutions = solutions.into_iter();
+    let parts = given.parts.iter().zip(bytes).map(|(part, bytes)| {
+        let solution = solutions.next().filter(|_| to_solve(part).is_some());
+        let (rows, facts, held_out) = match solution {
+            None => (None, None, None),
+            Some(Solution {
+                rows,
+                facts,
+                held_out,
+            }) => (Some(rows), facts, held_out),
+        };
+        SolvedChunk {
+            linear: part.linear,
+            first_row: part.rows.start,
             rows,
-            facts,
+            factor: facts.unwrap_or_default(),
             held_out,
-        }) => (Some(rows), facts, held_out),
-    };
-    Ok(SolvedChunk {
-        linear: given.linear,
-        chunk: given.chunk,
-        rows,
-        factor: facts.unwrap_or_default(),
-        held_out,
-        seconds: (thread_cpu() - begin).as_secs_f64(),
-        bytes,
-    })
+            seconds: seconds * part.rows.len() as f64,
+            bytes,
+        }
+    });
+    Ok(parts.collect())
 }
 
-/// Rows, what the report tells of the factor that gave them, and their error and energy over held-out tokens.
+/// Rows of a part, what the report tells of the factor that gave them, and their error and energy over held-out tokens.
 struct Solution {
     rows: Rows,
     facts: Option<FactorFacts>,
     held_out: Option<(f64, f64)>,
 }
 
-/// Solves with each factor, and keeps what has the smallest error over held-out tokens.
-fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
+impl Solution {
+    fn plain(rows: Rows) -> Self {
+        Self {
+            rows,
+            facts: None,
+            held_out: None,
+        }
+    }
+}
+
+/// Solves with each factor, and keeps of each part what has the smallest error over held-out tokens.
+fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Vec<Solution>> {
     let (recipe, factored) = (&local.shared.plan.recipe, &given.factored);
     let options = GptqOptions {
         match_original: recipe.match_original,
@@ -80,48 +103,59 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Solution> {
             dead,
         })
     };
-    let plain = |rows: Rows| Solution {
-        rows,
-        facts: None,
-        held_out: None,
-    };
+    let parts = given.parts.iter();
     match &factored.factors {
         SiteFactors::Host { factors, .. } if factors.is_empty() => {
-            let rows = match local.shared.tower.placement().on_device {
-                true => Rows::Device(device::solver::round_to_nearest(&given.tensor(local)?, grid)?),
-                false => Rows::Host(round_to_nearest(
-                    &given.weights(local)?,
-                    local.shared.plan.linears[given.linear].columns,
-                    grid,
-                )),
-            };
-            Ok(plain(rows))
+            if local.shared.tower.placement().on_device {
+                let rounded = device::solver::round_to_nearest(&given.joined(local)?, grid)?;
+                let parts = given.places();
+                return parts
+                    .map(|rows| Ok(Solution::plain(Rows::Device(rounded.rows(rows)?))))
+                    .collect();
+            }
+            let rounded = parts.map(|part| {
+                let weights = given.weights(local, part)?;
+                let rows = round_to_nearest(&weights, weights.len() / part.rows.len(), grid);
+                Ok(Solution::plain(Rows::Host(rows)))
+            });
+            rounded.collect()
         }
         SiteFactors::Host { factors, held_out } => {
-            let weights = given.weights(local)?;
-            best(factors.iter().map(|factor| {
-                let rows = gptq(&weights, factor, grid, options);
-                let measure =
-                    |hessian: &Arc<Panels>| output_error(&weights, &rows.weight.dequantize(), hessian);
-                Ok(Solution {
-                    facts: facts(factor.damp_percent, factor.retries, factor.dead),
-                    held_out: held_out.as_ref().map(measure),
-                    rows: Rows::Host(rows),
-                })
-            }))
+            let solved = parts.map(|part| {
+                let weights = given.weights(local, part)?;
+                best(factors.iter().map(|factor| {
+                    let rows = gptq(&weights, factor, grid, options);
+                    let measure =
+                        |hessian: &Arc<Panels>| output_error(&weights, &rows.weight.dequantize(), hessian);
+                    Ok(Solution {
+                        facts: facts(factor.damp_percent, factor.retries, factor.dead),
+                        held_out: held_out.as_ref().map(measure),
+                        rows: Rows::Host(rows),
+                    })
+                }))
+            });
+            solved.collect()
         }
         SiteFactors::Device { factors, held_out } => {
-            let weights = given.tensor(local)?;
-            best(factors.iter().map(|factor| {
-                let rows = device::solver::gptq(&weights, factor, grid, options)?;
-                let measure = |hessian: &Symmetric| device::solver::output_error(&weights, &rows, hessian);
-                let damped = &factor.damped;
-                Ok(Solution {
-                    facts: facts(damped.damp_percent, damped.retries, damped.dead),
-                    held_out: held_out.as_ref().map(measure).transpose()?,
-                    rows: Rows::Device(rows),
-                })
-            }))
+            let weights = given.joined(local)?;
+            let solve = |factor| device::solver::gptq(&weights, factor, grid, options);
+            let solved = factors.iter().map(|factor| solve(factor));
+            let solved: Vec<Solved> = solved.collect::<Result<_>>()?;
+            let parts = given.places().map(|place| {
+                let weights = weights.narrow(0, place.start, place.len())?;
+                best(factors.iter().zip(&solved).map(|(factor, solved)| {
+                    let rows = solved.rows(place.clone())?;
+                    let measure =
+                        |hessian: &Symmetric| device::solver::output_error(&weights, &rows, hessian);
+                    let damped = &factor.damped;
+                    Ok(Solution {
+                        facts: facts(damped.damp_percent, damped.retries, damped.dead),
+                        held_out: held_out.as_ref().map(measure).transpose()?,
+                        rows: Rows::Device(rows),
+                    })
+                }))
+            });
+            parts.collect()
         }
     }
 }

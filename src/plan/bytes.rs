@@ -1,6 +1,7 @@
 //! How many bytes operators ask the budget for: the terms of which [`super::memory`] makes its prediction.
 
-use super::{CHUNK_ROWS, Plan, PlannedLinear};
+use super::chunks::CHUNK_ROWS;
+use super::{Plan, PlannedLinear};
 use crate::model::{SiteKind, panel_rows};
 use crate::numerics::panels::PANEL_ROWS;
 use crate::numerics::{Grid, QuantizedWeight};

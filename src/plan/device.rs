@@ -1,10 +1,9 @@
 //! Predicted bytes of a run on a device: see [`crate::device`].
 
-use super::{Fit, Graph, Load, Plan, PlannedLinear};
+use super::{Chunk, Fit, Graph, Load, Plan, PlannedLinear};
 use crate::device::Placement;
 use crate::device::attention::TILE_BYTES;
 use crate::device::panels::{PANEL_ROWS, elements};
-use crate::device::solver::rows_at_a_time;
 use crate::device::transfer::{AHEAD, LEAVING};
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
@@ -24,18 +23,18 @@ const MATCH_MATRICES: u64 = 3;
 impl Plan {
     /// Has the inner activations of an MLP kept between its steps where all activations of `load` have room on the device. Elsewhere they would go to
     /// the host and come back: gate and up make them again in less time, and what lies on the host is half as much.
-    pub fn place_inner(&mut self, load: &Load, memory: Option<u64>, placement: &Placement) {
-        if let Some(weight_bytes) = self.device_weight_bytes
-            && self.token_bytes_least < self.token_bytes
-        {
-            let memory = memory.unwrap_or_else(|| placement.available_bytes());
+    pub(super) fn place_inner(&mut self, load: &Load, memory: u64) {
+        if self.device_weight_bytes.is_some() && self.token_bytes_least < self.token_bytes {
             self.keeps_inner = true;
-            self.keeps_inner = self.fixed_bytes(load, weight_bytes) + self.activation_bytes(load) <= memory;
+            self.keeps_inner = self.fixed_device_bytes(load) + self.activation_bytes(load) <= memory;
         }
     }
 
-    /// Predicted peak of bytes on the device, activations between steps aside.
-    fn fixed_bytes(&self, load: &Load, weight_bytes: usize) -> u64 {
+    /// Predicted peak of bytes on the device, activations between steps aside; 0 where there is none.
+    pub(super) fn fixed_device_bytes(&self, load: &Load) -> u64 {
+        let Some(weight_bytes) = self.device_weight_bytes else {
+            return 0;
+        };
         let bytes = |step| device_bytes(self, load, step, weight_bytes as u64);
         let largest = (0..self.steps()).map(bytes).max().unwrap_or(0);
         BASE_BYTES + largest + largest / POOL_PART
@@ -46,11 +45,11 @@ impl Plan {
     /// # Errors
     /// They hold no step.
     pub fn fit_device(&self, fit: Fit, memory: Option<u64>, placement: &Placement) -> Result<Fit> {
-        let Some(weight_bytes) = self.device_weight_bytes else {
+        if self.device_weight_bytes.is_none() {
             return Ok(fit);
-        };
+        }
         let memory = memory.unwrap_or_else(|| placement.available_bytes());
-        let fixed = self.fixed_bytes(&fit.load, weight_bytes);
+        let fixed = self.fixed_device_bytes(&fit.load);
         if fixed > memory {
             return Err(Error::usage(
                 "--device-memory",
@@ -141,14 +140,14 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
     let solve = match load.graph {
         Graph::Statistics { .. } => 0,
         _ => {
-            let rows = linears
-                .iter()
-                .map(|linear| linear.rows.min(rows_at_a_time(linear.columns)))
-                .max();
+            let chunks = plan.chunks(step);
+            let rows = chunks.iter().map(Chunk::rows).max().unwrap_or(0) as u64;
+            // The weights of several linears are put together.
+            let joined = u64::from(chunks.iter().any(|chunk| chunk.parts.len() > 1)) * weight_bytes;
             let matrices = SOLVER_MATRICES + (refined * REFINE_MATRICES).max(matching * MATCH_MATRICES);
             let read = u64::from(refined + matching + held_out > 0);
             let read_rows = read * (width * width.min(PANEL_ROWS) * 8) as u64;
-            sites * factor(width) + read_rows + matrices * (rows.unwrap_or(0) * width * 8) as u64
+            sites * factor(width) + read_rows + (8 * matrices + joined) * rows * width as u64
         }
     };
     originals

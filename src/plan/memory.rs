@@ -3,6 +3,7 @@
 
 use super::{Plan, PlannedLinear};
 use crate::calibration::PROBE_TOKENS;
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::numerics::factor::PANELS_HELD;
 use crate::numerics::panels::Shape;
@@ -91,25 +92,41 @@ impl Fit {
 }
 
 impl Plan {
+    /// Decides what depends on the budgets, and the output does not: how many experts of a mixture are in a group, and whether the inner
+    /// activations of an MLP are kept on a device. Without a budget, `placement` has what is free there.
+    pub fn arrange(
+        &mut self,
+        load: &Load,
+        memory: Option<u64>,
+        device_memory: Option<u64>,
+        placement: &Placement,
+    ) {
+        let device_memory = device_memory.unwrap_or_else(|| placement.available_bytes());
+        self.group_experts(load, memory, device_memory);
+        self.place_inner(load, device_memory);
+    }
+
     /// Puts as many experts of a mixture in a group as stay within half of the budget `memory`, or within [`GROUP_BYTES`] where there is
-    /// none: the larger the groups, the fewer the passes over the batches. The output is the same for any.
-    pub fn group_experts(&mut self, memory: Option<u64>, load: &Load) {
+    /// none, and within half of what a device has: the larger the groups, the fewer the passes over the batches.
+    fn group_experts(&mut self, load: &Load, memory: Option<u64>, device_memory: u64) {
         let Some(most) = self.linears.iter().filter_map(PlannedLinear::expert).max() else {
             return;
         };
-        self.cut(1);
+        let least = self.experts_joined();
+        self.cut(least);
         let allowed = memory
             .map_or(GROUP_BYTES, |memory| memory / 2)
             .max(self.peak_in_memory(load));
+        let allowed_on_device = (device_memory / 2).max(self.fixed_device_bytes(load));
         let mut experts = most + 1;
-        while experts > 1 {
+        while experts > least {
             self.cut(experts);
-            if self.peak_in_memory(load) <= allowed {
+            if self.peak_in_memory(load) <= allowed && self.fixed_device_bytes(load) <= allowed_on_device {
                 return;
             }
-            experts = experts.div_ceil(2);
+            experts = experts.div_ceil(2).next_multiple_of(least);
         }
-        self.cut(1);
+        self.cut(least);
     }
 
     /// Predicted peak of resident bytes besides activations, with all matrices in memory.
