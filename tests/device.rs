@@ -325,16 +325,16 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
             assert!(whole.plan_peak_device_bytes > 0 && expected.plan_peak_device_bytes == 0);
 
             // With no room for activations on the device: an MLP's inner ones are made twice.
-            let least = run(&Job {
-                device_memory: smallest(&job("least")),
-                ..job("least")
-            })
-            .unwrap();
+            let tight = |kind: &str| Job {
+                device_memory: smallest(&job(kind)),
+                ..job(kind)
+            };
+            let least = run(&tight("least")).unwrap();
             assert_eq!(least.output_digest, whole.output_digest, "{name}");
 
             // Broken off and continued; the CPU does not continue it.
             let broken = Watch::until(|seen| seen.linears > 9)
-                .over(|observer, halt| quantize(&job("parts"), observer, halt));
+                .over(|observer, halt| quantize(&tight("parts"), observer, halt));
             assert!(matches!(broken, Err(Error::Interrupted)), "{name}");
             assert!(
                 run(&Job {
@@ -343,7 +343,7 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
                 })
                 .is_err()
             );
-            let continued = run(&job("parts")).unwrap();
+            let continued = run(&tight("parts")).unwrap();
             assert!(continued.resumed_blocks > 0 || name == "rounded");
             assert_eq!(continued.output_digest, whole.output_digest, "{name}");
         }
