@@ -22,7 +22,7 @@ const MATCH_MATRICES: u64 = 3;
 
 impl Plan {
     /// Has the inner activations of an MLP kept between its steps where all activations of `load` have room on the device. Elsewhere they would go to
-    /// the host and come back: gate and up make them again in less time, and what lies on the host is half as much.
+    /// the host and come back: gate and up make them again in less time, and the host has little more than half as much to hold.
     pub(super) fn place_inner(&mut self, load: &Load, memory: u64) {
         if self.device_weight_bytes.is_some() && self.token_bytes_least < self.token_bytes {
             self.keeps_inner = true;
