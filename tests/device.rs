@@ -2,6 +2,7 @@
 //! again on a CUDA device where this build and this machine have one.
 
 mod artifacts;
+mod groups;
 
 use crate::mixtures;
 use crate::quantize::{calibrate, job, run};

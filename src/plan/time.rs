@@ -2,6 +2,7 @@
 //! and reading are left out, and take about as long again as is told where activations are narrow.
 
 use super::{Graph, Load, Plan, PlannedLinear};
+use crate::model::SiteKind;
 use crate::numerics::speed::Speed;
 
 /// Predicted seconds of a step on one worker, by what takes them.
@@ -32,7 +33,12 @@ impl Plan {
         let weights = |linear: &PlannedLinear| (linear.rows * linear.columns) as f64;
         let tokens = load.tokens as f64;
         let matching = load.streams as f64 - 1.0;
-        let products = 2.0 * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
+        // Gate and up make what a device has no room for again.
+        let runs = match self.step(step).1 {
+            SiteKind::GateUp if step + 1 < self.steps() && !self.waiting(step + 1).is_empty() => 2.0,
+            _ => 1.0,
+        };
+        let products = 2.0 * runs * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
         let rows: f64 = quantized().map(|linear| linear.rows as f64).sum();
         // XᵀX is half a product, X̃ᵀX a whole one.
         let sums = tokens * width * width * (1.0 + 2.0 * matching);
