@@ -109,8 +109,8 @@ pub struct Plan {
     token_bytes: usize,
     /// What it has where an MLP's inner activations are not kept.
     token_bytes_least: usize,
-    /// Whether they are.
-    keeps_inner: bool,
+    /// Whether all activations, those among them, have room where the model runs.
+    inner_fits: bool,
     /// What it takes to dequantize the source's largest weight, besides the result.
     reading_bytes: u64,
     /// Bytes of a weight on the device, where the work is done on one.
@@ -208,7 +208,7 @@ impl Plan {
             experts_per_step: 1,
             token_bytes: 0,
             token_bytes_least: 0,
-            keeps_inner: true,
+            inner_fits: true,
             device_weight_bytes: (tower.placement().on_device).then(|| tower.precision().size_in_bytes()),
             reading_bytes: 0,
         };
@@ -351,7 +351,7 @@ impl Plan {
 
     /// The earlier steps whose linears carry a batch to the inputs of this one.
     pub fn carriers(&self, step: u64) -> Range<u64> {
-        let carriers = steps::carriers(&self.steps, step as usize, self.keeps_inner);
+        let carriers = steps::carriers(&self.steps, step as usize, self.inner_fits);
         carriers.start as u64..carriers.end as u64
     }
 
@@ -367,9 +367,15 @@ impl Plan {
         carriers.start..carriers.end.min(self.waiting(step).start)
     }
 
-    /// Whether the input of a down at `step` is kept for who leaves the MLP: not where gate and up make it again, or nobody does.
+    /// Whether a batch makes the inner activations of the MLP that it leaves again, on its way to `step`; not on the way to where no step is.
+    pub fn makes_inner(&self, step: u64) -> bool {
+        let gate_up_and_down = |carriers: Range<u64>| carriers.end - carriers.start == 2;
+        step < self.steps() && self.step(step).1 == SiteKind::Qkv && gate_up_and_down(self.carriers(step))
+    }
+
+    /// Whether the input of a down at `step` is kept for who leaves the MLP, if anybody does.
     pub fn keeps_inner(&self, step: u64) -> bool {
-        step + 1 < self.steps() && self.waiting(step).is_empty()
+        step + 1 < self.steps() && !self.makes_inner(step + 1)
     }
 
     /// The linears of steps that lie together.

@@ -2,6 +2,7 @@
 //! whole from an artifact to a checkpoint.
 
 use crate::families::fixtures;
+use crate::quantize::named_budget;
 use crate::reference;
 use candle_core::{Device, Tensor};
 use proptest::prelude::*;
@@ -517,10 +518,7 @@ fn an_average_gives_the_same_checkpoint_however_it_is_run() {
         "{refused}"
     );
     assert!(!at("tight").exists());
-    let smallest: u64 = refused
-        .hint()
-        .and_then(|hint| hint.split(' ').find_map(|word| word.parse().ok()))
-        .unwrap();
+    let smallest = named_budget(&refused);
     assert!(tight(smallest - 1).is_err());
     let (summary, again) = tight(smallest).unwrap();
     assert_eq!(summary.output_digest, one.output_digest);

@@ -5,7 +5,7 @@ mod artifacts;
 mod groups;
 
 use crate::mixtures;
-use crate::quantize::{calibrate, job, run};
+use crate::quantize::{calibrate, job, named_budget, run};
 use crate::reference;
 use crate::watch::Watch;
 use candle_core::{DType, Device, Tensor};
@@ -335,7 +335,7 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
 
             // Broken off and continued; the CPU does not continue it.
             let broken = Watch::until(|seen| seen.linears > 9)
-                .over(|observer, halt| quantize(&tight("parts"), observer, halt));
+                .over(|observer, halt| quantize(&job("parts"), observer, halt));
             assert!(matches!(broken, Err(Error::Interrupted)), "{name}");
             assert!(
                 run(&Job {
@@ -353,12 +353,11 @@ fn a_run_is_as_good_as_on_the_cpu_and_always_the_same() {
 
 /// The smallest `--device-memory` of a job, as the refusal of less tells it.
 fn smallest(job: &Job) -> Option<u64> {
-    let none = Job {
+    let refused = run(&Job {
         device_memory: Some(1),
         ..job.clone()
-    };
-    let hint = none.fit(&none.plan().unwrap().1).unwrap_err().hint().unwrap();
-    hint.split_whitespace().find_map(|word| word.parse().ok())
+    });
+    Some(named_budget(&refused.unwrap_err()))
 }
 
 /// Where the device has room for all activations, the probe's among them, or the memory has: no file can be made in this scratch folder.

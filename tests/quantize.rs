@@ -95,6 +95,13 @@ pub(crate) fn without_activations(fit: &Fit) -> u64 {
     (fit.peak_host_bytes - fit.resident_activation_bytes).div_ceil(9) * 10
 }
 
+/// The smallest budget that would do, as the refusal of a smaller one names it.
+pub(crate) fn named_budget(refusal: &Error) -> u64 {
+    let hint = refusal.hint().unwrap();
+    let mut words = hint.split_whitespace();
+    words.find_map(|word| word.parse().ok()).unwrap()
+}
+
 #[test]
 fn what_spills_changes_nothing_and_the_smallest_budget_is_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -112,15 +119,12 @@ fn what_spills_changes_nothing_and_the_smallest_budget_is_named() {
     let without_activations = run(&with("b", fixed)).unwrap();
     assert_eq!(resident.output_digest, without_activations.output_digest);
     // Less: matrices lie in files, too.
-    let hint = fit(1).unwrap_err().hint().unwrap();
-    let smallest = hint
-        .split_whitespace()
-        .find_map(|word| word.parse().ok())
-        .unwrap();
+    let refusal = fit(1).unwrap_err();
+    let smallest = named_budget(&refusal);
     assert!(smallest < fixed && spilled(smallest) > 0, "{smallest} {fixed}");
     let without_matrices = run(&with("c", smallest)).unwrap();
     assert_eq!(resident.output_digest, without_matrices.output_digest);
-    assert!(run(&with("d", smallest - 1)).unwrap_err().hint().unwrap() == hint);
+    assert!(run(&with("d", smallest - 1)).unwrap_err().hint() == refusal.hint());
     assert!(!folder.path().join("d").exists());
 }
 
@@ -135,8 +139,7 @@ fn a_continued_run_keeps_to_the_smallest_budget() {
         };
         let (_, plan) = parts.plan().unwrap();
         parts.memory = Some(1);
-        let hint = parts.fit(&plan).unwrap_err().hint().unwrap();
-        parts.memory = hint.split_whitespace().find_map(|word| word.parse().ok());
+        parts.memory = Some(named_budget(&parts.fit(&plan).unwrap_err()));
         let most = whole.linears / 2;
         let broken = Watch::until(move |seen| seen.linears > most)
             .over(|observer, halt| quantize(&parts, observer, halt));
@@ -217,11 +220,7 @@ fn wide_matrices_lie_in_files_whole_and_change_nothing() {
     let (_, plan) = job("a", None).plan().unwrap();
     let fit = |memory| job("a", memory).fit(&plan);
     let fixed = without_activations(&fit(None).unwrap());
-    let hint = fit(Some(1)).unwrap_err().hint().unwrap();
-    let smallest = hint
-        .split_whitespace()
-        .find_map(|word| word.parse().ok())
-        .unwrap();
+    let smallest = named_budget(&fit(Some(1)).unwrap_err());
     let (none, some) = (fit(Some(fixed)).unwrap(), fit(Some(smallest)).unwrap());
     assert!(smallest < fixed && none.spilled.iter().all(|spilled| !spilled));
     // All of XᵀX and half of a factor, in f64, and no less activations than before.

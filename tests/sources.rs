@@ -4,7 +4,7 @@
 #![allow(clippy::disallowed_methods)] // made-up and damaged checkpoints are the point
 
 mod damaged;
-mod stored;
+pub(crate) mod stored;
 
 use self::stored::{Checkpoint, Kind, values_of};
 use crate::mixtures::{compare, model, rtn, windows};

@@ -4,11 +4,10 @@
 use super::local::Local;
 use super::records::Factored;
 use crate::error::{Error, Result};
-use crate::model::Weight;
+use crate::model::{Linear, Weight};
 use crate::plan::{self, Part};
 use candle_core::Tensor;
 use std::collections::VecDeque;
-use std::ops::Deref;
 use std::rc::Rc;
 use timely::container::CapacityContainerBuilder;
 use timely::dataflow::StreamVec;
@@ -22,15 +21,8 @@ pub struct Chunk {
     pub step: u64,
     /// Factors of the rows' input.
     pub factored: Factored,
-    planned: plan::Chunk,
-}
-
-impl Deref for Chunk {
-    type Target = plan::Chunk;
-
-    fn deref(&self) -> &plan::Chunk {
-        &self.planned
-    }
+    /// The rows.
+    pub planned: plan::Chunk,
 }
 
 impl Chunk {
@@ -42,7 +34,7 @@ impl Chunk {
         let rows: usize = (linears.filter(|linear| is_solved(linear.index)))
             .map(|linear| linear.rows)
             .sum();
-        let own = self.parts.iter().filter(|part| is_solved(part.linear));
+        let own = self.planned.parts.iter().filter(|part| is_solved(part.linear));
         own.map(|part| part.rows.len() as f64 / rows as f64).sum()
     }
 
@@ -51,11 +43,10 @@ impl Chunk {
     /// # Errors
     /// They cannot be read, or are not there.
     pub fn tensor(&self, local: &Local, part: &Part) -> Result<Tensor> {
-        let read = |weight: &Weight| match weight {
+        match &self.linear(local, part)?.weight {
             Weight::Whole(weight) => Ok(weight.narrow(0, part.rows.start, part.rows.len())?),
             _ => Err(Error::Worker("these weights are not on a device".into())),
-        };
-        self.read(local, part, read)
+        }
     }
 
     /// Those of all parts, one after the other.
@@ -63,7 +54,7 @@ impl Chunk {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn joined(&self, local: &Local) -> Result<Tensor> {
-        let parts = self.parts.iter().map(|part| self.tensor(local, part));
+        let parts = self.planned.parts.iter().map(|part| self.tensor(local, part));
         match &parts.collect::<Result<Vec<_>>>()?[..] {
             [part] => Ok(part.clone()),
             parts => Ok(Tensor::cat(parts, 0)?),
@@ -75,13 +66,14 @@ impl Chunk {
     /// # Errors
     /// They cannot be read.
     pub fn weights(&self, local: &Local, part: &Part) -> Result<Vec<f32>> {
-        self.read(local, part, |weight| Ok(weight.rows(part.rows.clone())?))
+        Ok(self.linear(local, part)?.weight.rows(part.rows.clone())?)
     }
 
-    fn read<T>(&self, local: &Local, part: &Part, read: impl FnOnce(&Weight) -> Result<T>) -> Result<T> {
+    fn linear(&self, local: &Local, part: &Part) -> Result<Linear> {
         let shared = &local.shared;
+        let planned = &shared.plan.linears[part.linear];
         let originals = shared.stages.original(self.step, &shared.plan, &shared.tower)?;
-        read(&originals[shared.plan.linears[part.linear].slot].weight)
+        Ok(originals[planned.slot].clone())
     }
 }
 
@@ -127,7 +119,8 @@ pub fn by_chunk<'scope, T: Clone + 'static>(
                     let shared = &local.shared;
                     let bytes = |part: &Part| shared.plan.chunk_bytes(&shared.plan.linears[part.linear]);
                     let _work = (
-                        (shared.budget).take("a chunk of weights", chunk.parts.iter().map(bytes).sum())?,
+                        (shared.budget)
+                            .take("a chunk of weights", chunk.planned.parts.iter().map(bytes).sum())?,
                         shared.take_panels(chunk.step, 1)?,
                     );
                     let (step, share) = (chunk.step, chunk.share(&local));

@@ -261,9 +261,9 @@ fn leave(passage: &Passage<'_>, last: u64) -> Result<()> {
         }
         None => {
             let residual = passage.get(Slot::Residual)?;
-            let x = match plan.keeps_inner(last) {
-                true => passage.expect(Slot::SiteInput)?,
-                false => inner(passage, &layer, &residual, last - 1)?,
+            let x = match plan.makes_inner(last + 1) {
+                true => inner(passage, &layer, &residual, last - 1)?,
+                false => passage.expect(Slot::SiteInput)?,
             };
             layer.join_mlp(&residual, &x, &passage.linears(last)?)?
         }

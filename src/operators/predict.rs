@@ -18,7 +18,7 @@ pub fn predict<'scope>(
     widths: Vec<u32>,
 ) -> StreamVec<'scope, u64, PredictedChunk> {
     by_chunk(factors, "predict", local, move |local, chunk| {
-        let parts = chunk.parts.iter();
+        let parts = chunk.planned.parts.iter();
         parts
             .map(|part| predict_part(local, &chunk, part, &widths))
             .collect()

@@ -29,6 +29,7 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<Vec<SolvedChunk>> {
     let to_solve = |part: &Part| shared.plan.linears[part.linear].to_solve();
     // What stays on a device takes no memory.
     let bytes = given
+        .planned
         .parts
         .iter()
         .map(|part| match shared.tower.placement().on_device {
@@ -41,13 +42,13 @@ fn solve_chunk(local: &Local, given: Chunk) -> Result<Vec<SolvedChunk>> {
         });
     let bytes: Vec<Grant> = bytes.collect::<Result<_>>()?;
     // What is solved together stays together where an earlier output holds a part of it: a device's products may depend on their number of rows.
-    let solutions = match given.parts.iter().find_map(to_solve) {
+    let solutions = match given.planned.parts.iter().find_map(to_solve) {
         None => Vec::new(),
         Some(grid) => solve_rows(local, &given, grid)?,
     };
-    let seconds = (thread_cpu() - begin).as_secs_f64() / given.rows() as f64;
+    let seconds = (thread_cpu() - begin).as_secs_f64() / given.planned.rows() as f64;
     let mut solutions = solutions.into_iter();
-    let parts = given.parts.iter().zip(bytes).map(|(part, bytes)| {
+    let parts = given.planned.parts.iter().zip(bytes).map(|(part, bytes)| {
         let solution = solutions.next().filter(|_| to_solve(part).is_some());
         let (rows, facts, held_out) = match solution {
             None => (None, None, None),
@@ -103,22 +104,25 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Vec<Solution>>
             dead,
         })
     };
-    let parts = given.parts.iter();
+    let parts = given.planned.parts.iter();
     match &factored.factors {
         SiteFactors::Host { factors, .. } if factors.is_empty() => {
-            if local.shared.tower.placement().on_device {
-                let rounded = device::solver::round_to_nearest(&given.joined(local)?, grid)?;
-                let parts = given.places();
-                return parts
-                    .map(|rows| Ok(Solution::plain(Rows::Device(rounded.rows(rows)?))))
-                    .collect();
+            match local.shared.tower.placement().on_device {
+                true => {
+                    let rounded = device::solver::round_to_nearest(&given.joined(local)?, grid)?;
+                    let places = given.planned.places();
+                    places
+                        .map(|place| Ok(Solution::plain(Rows::Device(rounded.rows(place)?))))
+                        .collect()
+                }
+                false => parts
+                    .map(|part| {
+                        let width = local.shared.plan.linears[part.linear].columns;
+                        let rounded = round_to_nearest(&given.weights(local, part)?, width, grid);
+                        Ok(Solution::plain(Rows::Host(rounded)))
+                    })
+                    .collect(),
             }
-            let rounded = parts.map(|part| {
-                let weights = given.weights(local, part)?;
-                let rows = round_to_nearest(&weights, weights.len() / part.rows.len(), grid);
-                Ok(Solution::plain(Rows::Host(rows)))
-            });
-            rounded.collect()
         }
         SiteFactors::Host { factors, held_out } => {
             let solved = parts.map(|part| {
@@ -141,7 +145,7 @@ fn solve_rows(local: &Local, given: &Chunk, grid: Grid) -> Result<Vec<Solution>>
             let solve = |factor| device::solver::gptq(&weights, factor, grid, options);
             let solved = factors.iter().map(|factor| solve(factor));
             let solved: Vec<Solved> = solved.collect::<Result<_>>()?;
-            let parts = given.places().map(|place| {
+            let parts = given.planned.places().map(|place| {
                 let weights = weights.narrow(0, place.start, place.len())?;
                 best(factors.iter().zip(&solved).map(|(factor, solved)| {
                     let rows = solved.rows(place.clone())?;

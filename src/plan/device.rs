@@ -25,8 +25,8 @@ impl Plan {
     /// the host and come back: gate and up make them again in less time, and the host has little more than half as much to hold.
     pub(super) fn place_inner(&mut self, load: &Load, memory: u64) {
         if self.device_weight_bytes.is_some() && self.token_bytes_least < self.token_bytes {
-            self.keeps_inner = true;
-            self.keeps_inner = self.fixed_device_bytes(load) + self.activation_bytes(load) <= memory;
+            self.inner_fits = true;
+            self.inner_fits = self.fixed_device_bytes(load) + self.activation_bytes(load) <= memory;
         }
     }
 
@@ -124,7 +124,7 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         _ => triangles(width) + half(width) * (refined.max(matching) + held_out) + square(width) * matching,
     };
     let shared = plan.shared_input(step).map_or(0, |of| factor(plan.width(of)));
-    let batch = match makes_inner(plan, step) {
+    let batch = match plan.makes_inner(step) {
         false => batch_bytes(plan, load, step, plan.carrying(before)),
         true => {
             let again = batch_bytes(plan, load, step - 1, plan.step_linears(step - 2));
@@ -154,11 +154,6 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
         + behind
         + shared
         + (carriers + batch + sums).max(waiting + (sums + sites * triangles(width)).max(solve))
-}
-
-/// Whether a batch's inner activations are made again on its way to `step`.
-fn makes_inner(plan: &Plan, step: u64) -> bool {
-    plan.step(step).1 == SiteKind::Qkv && step.checked_sub(1).is_some_and(|down| !plan.keeps_inner(down))
 }
 
 /// What a batch takes on its way to a step, through the linears `before`, in one stream; the other stream's input waits.
@@ -205,7 +200,7 @@ fn batch_bytes(plan: &Plan, load: &Load, step: u64, before: &[PlannedLinear]) ->
     };
     let coming = match site {
         SiteKind::O | SiteKind::Down | SiteKind::ExpertDown(_) => 4 * inner,
-        _ if makes_inner(plan, step) => 4 * width,
+        _ if plan.makes_inner(step) => 4 * width,
         _ => (4 * width).max(2 * inner),
     };
     let parked = LEAVING as u64 * leaving + AHEAD as u64 * coming;

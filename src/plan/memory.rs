@@ -214,7 +214,7 @@ impl Plan {
 
     /// Activations between steps, of all batches and the probe, in each stream.
     pub(super) fn activation_bytes(&self, load: &Load) -> u64 {
-        let token_bytes = match self.keeps_inner {
+        let token_bytes = match self.inner_fits {
             true => self.token_bytes,
             false => self.token_bytes_least,
         };

@@ -63,14 +63,14 @@ fn cut_block(linears: &[PlannedLinear], experts: usize) -> Vec<Step> {
 
 /// The earlier steps whose linears carry a batch to the input of `step`: the one before, but for latent attention, where `q_b` and
 /// `kv_b` serve together, and for an MLP whose inner activations are not kept: gate and up make them again.
-pub(super) fn carriers(steps: &[Step], step: usize, keeps_inner: bool) -> Range<usize> {
+pub(super) fn carriers(steps: &[Step], step: usize, inner_fits: bool) -> Range<usize> {
     let site = |back: usize| step.checked_sub(back).map(|at| steps[at].sites[0]);
     match (steps[step].sites[0], site(1), site(2)) {
         (SiteKind::KvB, Some(SiteKind::QB), _) => step..step,
         (SiteKind::O, Some(SiteKind::KvB), Some(SiteKind::QB)) => step - 2..step,
         // A mixture's shared expert has its down there, too, but the first gate and up are of a routed one.
         (SiteKind::Qkv, Some(SiteKind::Down), Some(SiteKind::GateUp))
-            if !keeps_inner && steps[step - 2].leads =>
+            if !inner_fits && steps[step - 2].leads =>
         {
             step - 2..step
         }

@@ -2,7 +2,6 @@
 //! and reading are left out, and take about as long again as is told where activations are narrow.
 
 use super::{Graph, Load, Plan, PlannedLinear};
-use crate::model::SiteKind;
 use crate::numerics::speed::Speed;
 
 /// Predicted seconds of a step on one worker, by what takes them.
@@ -34,10 +33,7 @@ impl Plan {
         let tokens = load.tokens as f64;
         let matching = load.streams as f64 - 1.0;
         // Gate and up make what a device has no room for again.
-        let runs = match self.step(step).1 {
-            SiteKind::GateUp if step + 1 < self.steps() && !self.waiting(step + 1).is_empty() => 2.0,
-            _ => 1.0,
-        };
+        let runs = if self.makes_inner(step + 2) { 2.0 } else { 1.0 };
         let products = 2.0 * runs * tokens * load.streams as f64 * linears.iter().map(weights).sum::<f64>();
         let rows: f64 = quantized().map(|linear| linear.rows as f64).sum();
         // XᵀX is half a product, X̃ᵀX a whole one.

@@ -1,14 +1,11 @@
 //! A mixture whose experts are too large to be solved all together.
 
-#![allow(clippy::disallowed_methods)] // made-up checkpoints are the point
-
 use super::{placements, random, smallest};
 use crate::mixtures;
 use crate::quantize::run;
-use candle_core::{Device, Tensor};
+use crate::sources::stored::{Checkpoint, Tensor};
 use quantflow::pipelines::quantize::Job;
 use quantflow::plan::Plan;
-use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Inner width of an expert: gates and ups of two of the six are solved together.
@@ -16,26 +13,20 @@ const INNER: usize = 1056;
 
 /// The fixtures' mixture with wide experts, of random weights.
 fn write_model(folder: &Path) {
-    let source = mixtures::model("qwen3_moe");
-    let read = |name: &str| std::fs::read_to_string(source.join(name)).unwrap();
-    let mut config: serde_json::Value = serde_json::from_str(&read("config.json")).unwrap();
-    config["moe_intermediate_size"] = INNER.into();
-    let tensors = candle_core::safetensors::load(source.join("model.safetensors"), &Device::Cpu).unwrap();
-    let mut tensors: BTreeMap<String, Tensor> = tensors.into_iter().collect();
+    let mut model = Checkpoint::read(&mixtures::model("qwen3_moe"));
+    model.config["moe_intermediate_size"] = INNER.into();
     let mut random = random(1);
-    for (name, tensor) in tensors.iter_mut().filter(|(name, _)| name.contains(".experts.")) {
-        let (rows, columns) = tensor.dims2().unwrap();
-        let shape = match name.contains("down_proj") {
-            true => (rows, INNER),
-            false => (INNER, columns),
-        };
-        let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| 0.05 * random()).collect();
-        *tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+    let experts = model
+        .tensors
+        .iter_mut()
+        .filter(|(name, _)| name.contains(".experts."));
+    for (name, tensor) in experts {
+        let mut shape = tensor.shape.clone();
+        shape[usize::from(name.contains("down_proj"))] = INNER;
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| 0.05 * random()).collect();
+        *tensor = Tensor::f32(&shape, &values);
     }
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let tensors = tensors.into_iter().collect();
-    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+    model.write(folder);
 }
 
 #[test]

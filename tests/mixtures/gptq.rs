@@ -1,7 +1,7 @@
 //! GPTQ of mixtures and latent attention: better than rounding, the same bytes however it is run, and every expert accounted for.
 
 use super::{FAMILIES, compare, model, read_rows, recipe, text};
-use crate::quantize::{run, without_activations};
+use crate::quantize::{named_budget, run, without_activations};
 use crate::watch::Watch;
 use quantflow::calibration::Calibration;
 use quantflow::error::Error;
@@ -67,15 +67,13 @@ fn the_output_is_the_same_for_any_workers_groups_and_order() {
         };
         let (_, plan) = job.plan().unwrap();
         // The least budget holds fewer experts at a time.
-        let error = run(&Job {
+        let refusal = run(&Job {
             memory: Some(1),
             ..job.clone()
         })
         .unwrap_err();
-        let hint = error.hint().unwrap().to_owned();
-        let least = hint.split_whitespace().find_map(|word| word.parse::<u64>().ok());
         let tight = Job {
-            memory: least,
+            memory: Some(named_budget(&refusal)),
             ..job.clone()
         };
         let (_, alone) = tight.plan().unwrap();

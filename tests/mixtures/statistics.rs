@@ -1,7 +1,7 @@
 //! Statistics artifacts of mixtures and latent attention: the sums are those of the definition, and add and retract to the byte.
 
 use super::{model, read_rows, recipe, text};
-use crate::quantize::{run, without_activations};
+use crate::quantize::{named_budget, run, without_activations};
 use candle_core::{DType, Device, Tensor};
 use quantflow::artifact::Artifact;
 use quantflow::calibration::{ContentId, Documents, Placed};
@@ -77,15 +77,7 @@ fn sums_add_up_and_go_away_to_the_byte() {
                 memory,
                 ..job(name, Change::Collect, &at(&format!("by-{workers}")), b())
             };
-            let memory = memory.then(|| {
-                let error = change(&collect(Some(1))).unwrap_err();
-                error
-                    .hint()
-                    .unwrap()
-                    .split_whitespace()
-                    .find_map(|word| word.parse::<u64>().ok())
-                    .unwrap()
-            });
+            let memory = memory.then(|| named_budget(&change(&collect(Some(1))).unwrap_err()));
             change(&collect(memory)).unwrap();
             assert_eq!(files(&at(&format!("by-{workers}"))), files(&at("b")), "{name}");
         }

@@ -23,7 +23,7 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    fn f32(shape: &[usize], values: &[f32]) -> Self {
+    pub(crate) fn f32(shape: &[usize], values: &[f32]) -> Self {
         Self {
             dtype: Dtype::F32,
             shape: shape.to_vec(),
