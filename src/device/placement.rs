@@ -169,7 +169,11 @@ fn cuda(index: usize) -> std::result::Result<Placement, String> {
 
 #[cfg(feature = "cuda")]
 fn first_line(error: &candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    match error {
+        // With RUST_BACKTRACE set. To print it, the whole of the binary's debug information is read: 160 MB that no plan knows of.
+        candle_core::Error::WithBacktrace { inner, .. } => first_line(inner),
+        other => other.to_string().lines().next().unwrap_or_default().to_owned(),
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
