@@ -185,7 +185,7 @@ impl Plan {
                         name,
                         rows: spec.rows,
                         columns: spec.columns,
-                        stored_bytes: tower.linear_bytes(block, &spec),
+                        stored_bytes: tower.linear_bytes(block, &spec)?,
                         grid,
                         fallback,
                         kept: false,

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use quantflow::error::Result;
 use quantflow::formats::{Format, LinearLayout, NAMES, TensorSpec, by_name};
-use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype};
+use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, bits};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ pub(crate) fn weight(grid: Grid, rows: usize, columns: usize, seed: u32) -> Quan
         (state >> 8) as u8 & grid.max_code()
     };
     let groups = rows * columns / grid.group_size;
-    let codes = (0..rows * columns).map(|_| next()).collect();
+    let codes: Vec<u8> = (0..rows * columns).map(|_| next()).collect();
     let zeros = (0..groups)
         .map(|_| {
             if grid.symmetric {
@@ -81,7 +81,7 @@ pub(crate) fn weight(grid: Grid, rows: usize, columns: usize, seed: u32) -> Quan
         grid,
         rows,
         columns,
-        codes,
+        codes: bits::pack_rows(&codes, columns, grid.bits),
         scales,
         zeros,
     }
@@ -159,9 +159,10 @@ proptest! {
 #[test]
 fn known_words() {
     let mut weight = weight(grid(4, 32, false, ScaleDtype::F16), 8, 32, 1);
-    weight.codes = (0..8u8)
+    let codes: Vec<u8> = (0..8u8)
         .flat_map(|row| (0..32).map(move |column| (column + row) & 15))
         .collect();
+    weight.codes = bits::pack_rows(&codes, 32, 4);
     weight.zeros = vec![0, 1, 2, 3, 4, 5, 6, 7];
     let words = |tensors: &Tensors, part: &str, at: usize| {
         let data = &tensors[&format!("{LINEAR}.{part}")].1;
@@ -243,7 +244,8 @@ fn older_files_of_other_writers_are_read() {
     let weight = weight(grid(3, 32, false, ScaleDtype::Bf16), 32, 64, 5);
     let mut tensors = pack(&*format, &weight);
     // Ten 3-bit codes a word, and zero points as signed bytes.
-    let words = weight.codes.chunks(64).flat_map(|row| {
+    let codes = weight.unpacked();
+    let words = codes.chunks(64).flat_map(|row| {
         row.chunks(10).map(|codes| {
             codes
                 .iter()

@@ -25,9 +25,10 @@ fn weight(kind: usize, rows: usize, columns: usize, seed: u64) -> (Weight, Vec<f
             scale_dtype: ScaleDtype::F32,
         };
         let weight = formats::weight(grid, rows, columns, seed as u32);
+        let codes = weight.unpacked();
         let value = |i: usize| {
             let group = i / grid.group_size;
-            (f32::from(weight.codes[i]) - f32::from(weight.zeros[group])) * weight.scales[group]
+            (f32::from(codes[i]) - f32::from(weight.zeros[group])) * weight.scales[group]
         };
         let values = (0..rows * columns).map(value).collect();
         return (Weight::Codes(Arc::new(weight)), values);
@@ -136,14 +137,14 @@ fn headers_tell_what_a_linear_takes() {
                     Weight::Halves(weight) => (1, weight.elem_count() * 2),
                     Weight::Codes(weight) => (
                         2,
-                        weight.codes.len() + weight.scales.len() * 4 + weight.zeros.len(),
+                        weight.codes.len() * 4 + weight.scales.len() * 4 + weight.zeros.len(),
                     ),
                     Weight::Floats(weight) => (3, weight.codes.len() + weight.scales.len() * 4),
                 };
                 kinds[bytes.0] += 1;
                 assert_eq!(
                     bytes.1,
-                    tower.linear_bytes(block, &linear),
+                    tower.linear_bytes(block, &linear).unwrap(),
                     "{folder:?}, {block}, {}",
                     linear.name
                 );

@@ -182,7 +182,7 @@ proptest! {
             let at = row * groups + column / group;
             (f64::from(solved.weight.scales[at]), f64::from(solved.weight.zeros[at]))
         });
-        let ours: Vec<f64> = solved.weight.codes.iter().map(|&code| f64::from(code)).collect();
+        let ours: Vec<f64> = solved.weight.unpacked().into_iter().map(f64::from).collect();
         prop_assert_eq!(ours, codes);
         // The reported error is the damped loss of these codes; the energy that of the weights.
         let loss = reference::loss(&errors(&layer, &solved), &hessian(&factor), layer.width);
@@ -277,7 +277,7 @@ fn a_dead_channel_is_rounded_plainly_and_a_singular_hessian_is_damped() {
         let plain = (f64::from(w) / f64::from(s) + 8.0)
             .round_ties_even()
             .clamp(0.0, 15.0);
-        assert_eq!(f64::from(solved.codes[row * 32 + 5]), plain);
+        assert_eq!(f64::from(solved.unpacked()[row * 32 + 5]), plain);
     }
     // Rank one, no damping asked for: retries are counted, and it ends well.
     let rank_one: Vec<f64> = (0..16).map(|k| ((k / 4 + 1) * (k % 4 + 1)) as f64).collect();

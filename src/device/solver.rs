@@ -7,11 +7,11 @@ use super::hessian::Symmetric;
 use super::matrix::{matrix_mut, product};
 use super::panels::PANEL_ROWS;
 use super::transfer::{Codes, Mark, download};
-use super::{doubles, vector};
+use super::{doubles, values, vector};
 use crate::error::Result;
 use crate::numerics::scales::{Scales, search};
 use crate::numerics::solver::{GptqOptions, SolvedRows};
-use crate::numerics::{Grid, QuantizedWeight};
+use crate::numerics::{Grid, QuantizedWeight, bits};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
 use std::ops::Range;
 
@@ -118,7 +118,7 @@ impl Solved {
     /// The device fails.
     pub fn to_rows(&self) -> Result<SolvedRows> {
         let codes = &self.codes;
-        let (rows, columns) = codes.codes.dims2()?;
+        let (rows, columns) = codes.sides()?;
         let tallies: Vec<f64> = download(&self.tallies, &self.made)?;
         let tally = |at: usize| tallies.iter().skip(at).step_by(3).sum::<f64>();
         Ok(SolvedRows {
@@ -376,10 +376,13 @@ impl<'a> Problem<'a> {
     fn solved(self, codes: &Tensor, scales: &Tensor, tallies: Tensor) -> Result<Solved> {
         let by_row = |values: &Tensor, dtype: DType| values.t()?.to_dtype(dtype)?.contiguous();
         let groups = self.groups();
+        let words = bits::words(self.width, self.grid.bits);
+        let packed = Tensor::zeros((self.lanes, words), DType::U32, self.like.device())?;
+        packed.inplace_op1(&Pack { problem: self, codes })?;
         Ok(Solved {
             codes: Codes {
                 grid: self.grid,
-                codes: by_row(codes, DType::U8)?,
+                codes: packed,
                 scales: by_row(&scales.narrow(0, 0, groups)?, DType::F32)?,
                 zeros: by_row(&scales.narrow(0, groups, groups)?, DType::U8)?,
             },
@@ -685,6 +688,49 @@ impl InplaceOp1 for Descend<'_> {
         ];
         let threads = self.problem.block_threads();
         self.problem.launch("descend", (storage, layout), &args, threads)
+    }
+}
+
+/// Fills words, `[lanes, words]` u32, with codes, `[width, lanes]`.
+struct Pack<'a> {
+    problem: Problem<'a>,
+    codes: &'a Tensor,
+}
+
+impl InplaceOp1 for Pack<'_> {
+    fn name(&self) -> &'static str {
+        "pack"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        let codes: Vec<u8> = values(&self.codes.t()?.to_dtype(DType::U8)?)?;
+        *storage = CpuStorage::U32(bits::pack_rows(
+            &codes,
+            self.problem.width,
+            self.problem.grid.bits,
+        ));
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut launching::CudaStorage, layout: &Layout) -> launching::Result<()> {
+        use launching::*;
+        let (lanes, words) = layout.shape().dims2()?;
+        let args = [
+            pointer_at(storage, layout)?,
+            pointer(self.codes)?,
+            u32_arg(words)?,
+            Arg::U32(self.problem.grid.bits),
+            u32_arg(self.problem.width)?,
+            u32_arg(lanes)?,
+        ];
+        launch(
+            &storage.device,
+            SOLVER,
+            "pack",
+            Threads::over(lanes, words),
+            &args,
+        )
     }
 }
 

@@ -216,7 +216,7 @@ impl Parked {
 #[derive(Clone, Debug)]
 pub(super) struct Codes {
     pub(super) grid: Grid,
-    /// `[rows, columns]` u8
+    /// `[rows, words]` u32: see [`crate::numerics::bits`]
     pub(super) codes: Tensor,
     /// `[rows, groups]` f32
     pub(super) scales: Tensor,
@@ -229,14 +229,24 @@ impl Codes {
         let groups = (weight.rows, weight.groups());
         Ok(Self {
             grid: weight.grid,
-            codes: Tensor::from_slice(&weight.codes, (weight.rows, weight.columns), device)?,
+            codes: Tensor::from_slice(
+                &weight.codes,
+                (weight.rows, weight.codes.len() / weight.rows),
+                device,
+            )?,
             scales: Tensor::from_slice(&weight.scales, groups, device)?,
             zeros: Tensor::from_slice(&weight.zeros, groups, device)?,
         })
     }
 
+    /// Rows and columns.
+    pub(super) fn sides(&self) -> Result<(usize, usize)> {
+        let (rows, groups) = self.scales.dims2()?;
+        Ok((rows, groups * self.grid.group_size))
+    }
+
     pub(super) fn dequantize(&self, dtype: DType) -> Result<Tensor> {
-        let out = Tensor::zeros(self.codes.shape(), dtype, self.codes.device())?;
+        let out = Tensor::zeros(self.sides()?, dtype, self.codes.device())?;
         out.inplace_op1(&Dequantize(self))?;
         Ok(out)
     }
@@ -281,7 +291,7 @@ impl InplaceOp1 for Dequantize<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
         use candle_core::backend::BackendStorage;
-        use cuda::{FORWARD, Threads, kind, launch, pointer, pointer_at, u32_arg};
+        use cuda::{Arg, FORWARD, Threads, kind, launch, pointer, pointer_at, u32_arg};
         let (rows, columns) = layout.shape().dims2()?;
         let args = [
             pointer_at(storage, layout)?,
@@ -290,6 +300,8 @@ impl InplaceOp1 for Dequantize<'_> {
             pointer(&self.0.zeros)?,
             u32_arg(columns)?,
             u32_arg(self.0.grid.group_size)?,
+            u32_arg(self.0.codes.dim(1)?)?,
+            Arg::U32(self.0.grid.bits),
             kind(storage.dtype())?,
         ];
         launch(

@@ -14,9 +14,9 @@ use super::compressed_tensors_config as config;
 use super::compressed_tensors_parts::Parts;
 use super::raw::{scale_bytes, scale_type};
 use super::schemes;
-use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits};
+use super::{CodedShape, Format, LinearLayout, TensorLookup, TensorSpec, words};
 use crate::error::Result;
-use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
+use crate::numerics::{Grid, QuantizedWeight, ScaleDtype, bits};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -80,20 +80,20 @@ impl Format for CompressedTensors {
         let (width, groups) = (weight.grid.bits, weight.groups());
         let shape = [rows as i64, columns as i64];
         let mut tensors = vec![
-            bits::to_bytes(bits::pack_rows(&weight.codes, columns, width)),
+            words::to_bytes(&weight.codes),
             scale_bytes(&weight.scales, weight.grid.scale_dtype),
             shape.iter().flat_map(|side| side.to_le_bytes()).collect(),
         ];
         if !weight.grid.symmetric {
-            let by_group = bits::transpose(&weight.zeros, rows, groups);
+            let by_group = words::transpose(&weight.zeros, rows, groups);
             let packed = bits::pack_rows(&by_group, rows, width);
-            let packed = bits::transpose(&packed, groups, bits::words(rows, width));
-            tensors.push(bits::to_bytes(packed));
+            let packed = words::transpose(&packed, groups, bits::words(rows, width));
+            tensors.push(words::to_bytes(&packed));
         }
         tensors
     }
 
-    fn shape(&self, linear: &str, stated: &Value, tensor: TensorLookup<'_, '_>) -> Result<[usize; 2]> {
+    fn shape(&self, linear: &str, stated: &Value, tensor: TensorLookup<'_, '_>) -> Result<CodedShape> {
         Parts::find(linear, stated, tensor).map(|parts| parts.shape())
     }
 

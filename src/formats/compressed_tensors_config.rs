@@ -3,9 +3,10 @@
 //! Sources: compressed-tensors 0.20, `quantization/quant_{args,scheme,config}.py` (keys; unknown ones are rejected) and
 //! `utils/match.py` (targets and their order).
 
+use super::LinearLayout;
 use super::schemes::{self, Scheme};
-use super::{LinearLayout, bits};
 use crate::error::{Error, Result};
+use crate::numerics::bits::WIDTHS;
 use regex::Regex;
 use serde_json::{Value, json};
 
@@ -156,7 +157,7 @@ pub(super) fn scheme_of(linear: &str, config: &Value) -> Result<Scheme> {
     }
     let number = |key: &str| weights.get(key).and_then(Value::as_i64);
     let bits = number("num_bits").and_then(|bits| u32::try_from(bits).ok());
-    let bits = bits.filter(|bits| bits::WIDTHS.contains(bits));
+    let bits = bits.filter(|bits| WIDTHS.contains(bits));
     let Some(bits) = bits else {
         return Err(config_error(
             linear,

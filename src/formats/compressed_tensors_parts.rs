@@ -7,9 +7,9 @@
 use super::compressed_tensors_config as config;
 use super::raw::Raw;
 use super::schemes::Scheme;
-use super::{TensorLookup, bits};
+use super::{CodedShape, TensorLookup, words};
 use crate::error::Result;
-use crate::numerics::{Grid, QuantizedWeight};
+use crate::numerics::{Grid, QuantizedWeight, bits};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -87,9 +87,14 @@ impl<'a> Parts<'a> {
         })
     }
 
-    /// Rows and columns of the linear.
-    pub(super) fn shape(&self) -> [usize; 2] {
-        [self.rows, self.columns]
+    /// What the headers tell.
+    pub(super) fn shape(&self) -> CodedShape {
+        CodedShape {
+            rows: self.rows,
+            columns: self.columns,
+            bits: self.grid.bits,
+            group_size: self.grid.group_size,
+        }
     }
 
     /// Reads them.
@@ -97,7 +102,7 @@ impl<'a> Parts<'a> {
         let (rows, columns, grid) = (self.rows, self.columns, self.grid);
         let bits = grid.bits;
         let codes = match self.codes {
-            Codes::Dense(packed) => bits::unpack_rows(&packed.words()?, columns, bits),
+            Codes::Dense(packed) => packed.words()?,
             Codes::Padded(packed) => {
                 let per_word = 32 / bits as usize;
                 let mut codes = Vec::with_capacity(rows * columns);
@@ -107,9 +112,9 @@ impl<'a> Parts<'a> {
                         (word & ((1 << bits) - 1)) as u8
                     }));
                 }
-                codes
+                bits::pack_rows(&codes, columns, bits)
             }
-            Codes::Bytes(bytes) => unsigned(&bytes, grid)?,
+            Codes::Bytes(bytes) => bits::pack_rows(&unsigned(&bytes, grid)?, columns, bits),
         };
         let (scales, _) = self.scale.scales()?;
         let zeros = match self.zeros {
@@ -117,9 +122,9 @@ impl<'a> Parts<'a> {
             Some(bytes) if bytes.dtype() == Dtype::I8 => unsigned(&bytes, grid)?,
             Some(packed) => {
                 let groups = columns / grid.group_size;
-                let by_group = bits::transpose(&packed.words()?, bits::words(rows, bits), groups);
+                let by_group = words::transpose(&packed.words()?, bits::words(rows, bits), groups);
                 let zeros = bits::unpack_rows(&by_group, rows, bits);
-                bits::transpose(&zeros, groups, rows)
+                words::transpose(&zeros, groups, rows)
             }
         };
         Ok(QuantizedWeight {

@@ -124,6 +124,11 @@ impl<'a> Float8<'a> {
         &self.shape
     }
 
+    /// Bytes of elements and scales in memory.
+    pub(super) fn byte_len(&self) -> usize {
+        self.codes.len() + self.scale.shape().iter().product::<usize>() * size_of::<f32>()
+    }
+
     /// Rows `rows` of the matrix of `expert` (0 where there is one matrix), in f32.
     ///
     /// # Errors

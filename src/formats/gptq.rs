@@ -13,9 +13,9 @@
 
 use super::gptq_config::Stated;
 use super::raw::{Raw, scale_bytes};
-use super::{Format, LinearLayout, TensorLookup, TensorSpec, bits, gptq_config, schemes};
+use super::{CodedShape, Format, LinearLayout, TensorLookup, TensorSpec, gptq_config, schemes, words};
 use crate::error::{Error, Result};
-use crate::numerics::{Grid, QuantizedWeight, ScaleDtype};
+use crate::numerics::{Grid, QuantizedWeight, ScaleDtype, bits};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -90,28 +90,32 @@ impl Format for Gptq {
     fn pack(&self, weight: &QuantizedWeight) -> Vec<Vec<u8>> {
         let QuantizedWeight { rows, columns, .. } = *weight;
         let (width, groups) = (weight.grid.bits, weight.groups());
-        let codes = bits::pack_rows(&weight.codes, columns, width);
-        let qweight = bits::transpose(&codes, rows, bits::words(columns, width));
-
-        let mut zeros = bits::transpose(&weight.zeros, rows, groups);
+        let qweight = words::transpose(&weight.codes, rows, bits::words(columns, width));
+        let mut zeros = words::transpose(&weight.zeros, rows, groups);
         if *self == Self::V1 {
             debug_assert!(zeros.iter().all(|&zero| zero > 0), "`check` was not asked");
             for zero in &mut zeros {
                 *zero = zero.wrapping_sub(1) & weight.grid.max_code();
             }
         }
-        let scales = bits::transpose(&weight.scales, rows, groups);
+        let scales = words::transpose(&weight.scales, rows, groups);
         let g_idx = (0..columns).map(|column| (column / weight.grid.group_size) as u32);
         vec![
-            bits::to_bytes(qweight),
-            bits::to_bytes(bits::pack_rows(&zeros, rows, width)),
+            words::to_bytes(&qweight),
+            words::to_bytes(&bits::pack_rows(&zeros, rows, width)),
             scale_bytes(&scales, ScaleDtype::F16),
-            bits::to_bytes(g_idx.collect()),
+            words::to_bytes(&g_idx.collect::<Vec<_>>()),
         ]
     }
 
-    fn shape(&self, linear: &str, config: &Value, tensor: TensorLookup<'_, '_>) -> Result<[usize; 2]> {
-        Parts::find(linear, config, tensor).map(|parts| [parts.rows, parts.columns])
+    fn shape(&self, linear: &str, config: &Value, tensor: TensorLookup<'_, '_>) -> Result<CodedShape> {
+        let parts = Parts::find(linear, config, tensor)?;
+        Ok(CodedShape {
+            rows: parts.rows,
+            columns: parts.columns,
+            bits: parts.bits,
+            group_size: parts.columns / parts.groups,
+        })
     }
 
     fn unpack(&self, linear: &str, config: &Value, tensor: TensorLookup<'_, '_>) -> Result<QuantizedWeight> {
@@ -127,14 +131,13 @@ impl Format for Gptq {
         };
         let zeros = self.read_zeros(&parts.qzeros, rows, grid, parts.stated.trusted_carry)?;
         grid.symmetric = parts.stated.symmetric && zeros.iter().all(|&it| it == grid.symmetric_zero());
-        let words = bits::transpose(&parts.qweight.words()?, bits::words(columns, width), rows);
         Ok(QuantizedWeight {
             grid,
             rows,
             columns,
-            codes: bits::unpack_rows(&words, columns, width),
-            scales: bits::transpose(&scales, groups, rows),
-            zeros: bits::transpose(&zeros, groups, rows),
+            codes: words::transpose(&parts.qweight.words()?, bits::words(columns, width), rows),
+            scales: words::transpose(&scales, groups, rows),
+            zeros: words::transpose(&zeros, groups, rows),
         })
     }
 

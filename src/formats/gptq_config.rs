@@ -7,8 +7,9 @@
 //! Sources: GPTQModel 7.7, `quantization/config.py` (`dynamic_get`, `from_quant_config`) and `utils/model.py`
 //! (`FUSED_PROJECTION_UNITS`). What is said of vLLM was not checked against its sources.
 
+use super::LinearLayout;
 use super::schemes::{Scheme, schemes};
-use super::{LinearLayout, bits};
+use crate::numerics::bits::WIDTHS;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -156,7 +157,7 @@ pub(super) fn stated(linear: &str, config: &Value) -> Stated {
         _ => Vec::new(),
     };
     Stated {
-        bits: bits.filter(|bits| bits::WIDTHS.contains(bits)),
+        bits: bits.filter(|bits| WIDTHS.contains(bits)),
         group_size: group_size.and_then(|size| usize::try_from(size).ok()),
         symmetric: get("sym").and_then(Value::as_bool).unwrap_or(true),
         trusted_carry: makers.iter().any(|maker| maker.starts_with("gptqmodel:")),

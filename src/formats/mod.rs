@@ -4,7 +4,6 @@
 //! the solver, nor timely, nor how files are written. To add one: a file here that implements [`Format`], and a line
 //! in [`by_name`].
 
-mod bits;
 mod compressed_tensors;
 mod compressed_tensors_config;
 mod compressed_tensors_parts;
@@ -14,6 +13,7 @@ mod gptq_config;
 mod raw;
 mod reader;
 mod schemes;
+mod words;
 
 pub use compressed_tensors::CompressedTensors;
 pub use float8::Float8;
@@ -56,6 +56,19 @@ pub struct LinearLayout {
     pub grid: Option<Grid>,
 }
 
+/// A linear in integer codes, as far as headers tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CodedShape {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub columns: usize,
+    /// Of a code.
+    pub bits: u32,
+    /// Columns that share a scale.
+    pub group_size: usize,
+}
+
 /// Gives spec and bytes of a tensor by its full name, or `None`. Bytes of a memory map are borrowed: asking for the spec alone reads nothing.
 pub type TensorLookup<'f, 't> = &'f dyn Fn(&str) -> Option<(TensorSpec, Cow<'t, [u8]>)>;
 
@@ -82,13 +95,13 @@ pub trait Format: Send + Sync {
     /// The little-endian bytes of each tensor of [`Format::specs`], in that order.
     fn pack(&self, weight: &QuantizedWeight) -> Vec<Vec<u8>>;
 
-    /// Rows and columns of a linear that is stored in this layout. Checks dtypes and shapes of all its tensors, and reads no weights.
+    /// What the headers of a linear tell that is stored in this layout. Checks dtypes and shapes of all its tensors, and reads no weights.
     fn shape(
         &self,
         linear: &str,
         config: &serde_json::Value,
         tensor: TensorLookup<'_, '_>,
-    ) -> Result<[usize; 2]>;
+    ) -> Result<CodedShape>;
 
     /// Reads back what [`Format::pack`] wrote. `tensor` is untrusted.
     ///

@@ -3,7 +3,7 @@
 //! Nothing here allocates more than a small multiple of the bytes that are already in memory, and nothing panics on
 //! any input. It knows no layout; the formats do.
 
-use super::{TensorLookup, bits};
+use super::{TensorLookup, words};
 use crate::error::{Error, Result};
 use crate::numerics::ScaleDtype;
 use half::{bf16, f16};
@@ -128,7 +128,7 @@ impl<'a> Raw<'a> {
     /// The data as 32-bit words of an I32 tensor.
     pub(super) fn words(&self) -> Result<Vec<u32>> {
         self.expect_words()?;
-        Ok(bits::from_bytes(&self.data))
+        Ok(words::from_bytes(&self.data))
     }
 
     /// The data of an I8 tensor.
@@ -149,7 +149,7 @@ impl<'a> Raw<'a> {
                 .iter()
                 .map(|&bytes| i64::from_le_bytes(bytes))
                 .collect()),
-            Dtype::I32 => Ok(bits::from_bytes(&self.data)
+            Dtype::I32 => Ok(words::from_bytes(&self.data)
                 .into_iter()
                 .map(|word| i64::from(word as i32))
                 .collect()),
@@ -175,7 +175,7 @@ impl<'a> Raw<'a> {
             ScaleDtype::Bf16 => halves().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
             ScaleDtype::F16 => halves().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
             ScaleDtype::F32 => {
-                let words = bits::from_bytes(&self.data).into_iter();
+                let words = words::from_bytes(&self.data).into_iter();
                 words.map(f32::from_bits).collect()
             }
         };

@@ -4,7 +4,9 @@
 //! A weight is known by the name that it has, or would have, unquantized: `{linear}.weight`, or that of a tensor of all experts.
 
 use super::float8::{self, Float8, SCALES};
-use super::{CompressedTensors, Format, Gptq, TensorLookup, TensorSpec, compressed_tensors_config};
+use super::{
+    CodedShape, CompressedTensors, Format, Gptq, TensorLookup, TensorSpec, compressed_tensors_config,
+};
 use crate::error::{Error, Result};
 use crate::numerics::QuantizedWeight;
 use safetensors::Dtype;
@@ -177,8 +179,31 @@ impl Reader {
     /// One is missing, or does not fit the others or the config.
     pub fn shape(&self, name: &str, tensor: TensorLookup<'_, '_>) -> Result<Vec<usize>> {
         match self.codes(name, tensor) {
-            Some((format, linear)) => Ok(format.shape(linear, &self.config, tensor)?.to_vec()),
+            Some((format, linear)) => {
+                let CodedShape { rows, columns, .. } = format.shape(linear, &self.config, tensor)?;
+                Ok(vec![rows, columns])
+            }
             None => self.floats(name, tensor).map(|floats| floats.shape().to_vec()),
+        }
+    }
+
+    /// Bytes of the weight `name` in memory, as codes with their scales. Looks at headers only.
+    ///
+    /// # Errors
+    /// As [`Self::shape`].
+    pub fn byte_len(&self, name: &str, tensor: TensorLookup<'_, '_>) -> Result<usize> {
+        match self.codes(name, tensor) {
+            Some((format, linear)) => {
+                let shape = format.shape(linear, &self.config, tensor)?;
+                let CodedShape {
+                    rows,
+                    columns,
+                    bits,
+                    group_size,
+                } = shape;
+                Ok(QuantizedWeight::byte_len(rows, columns, bits, group_size))
+            }
+            None => self.floats(name, tensor).map(|floats| floats.byte_len()),
         }
     }
 

@@ -3,6 +3,7 @@
 use super::LinearLayout;
 use crate::error::{Error, Result};
 use crate::numerics::Grid;
+use crate::numerics::bits::WIDTHS;
 
 /// What the readers' configs say of a linear: a [`Grid`] without its storage dtype.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +47,7 @@ pub(super) fn schemes(linears: &[LinearLayout]) -> Vec<(Scheme, Vec<&LinearLayou
 /// The checks that all integer layouts share: a known width, whole groups, rows that fill whole words.
 pub(super) fn check(linear: &str, rows: usize, columns: usize, grid: Grid) -> Result<()> {
     let Grid { bits, group_size, .. } = grid;
-    if !super::bits::WIDTHS.contains(&bits) {
+    if !WIDTHS.contains(&bits) {
         return Err(Error::usage(
             "--bits",
             format!("{linear} cannot have {bits}-bit codes"),

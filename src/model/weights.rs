@@ -267,26 +267,22 @@ impl Tower {
     }
 
     /// Bytes of [`Self::linear`]'s weight in the CPU's memory. Looks at headers only.
-    pub fn linear_bytes(&self, block: usize, linear: &LinearSpec) -> usize {
+    ///
+    /// # Errors
+    /// It is stored quantized, and its tensors do not fit each other.
+    pub fn linear_bytes(&self, block: usize, linear: &LinearSpec) -> Result<usize> {
         let fused = self.fused_name(block, linear);
         let own = || self.weight_name(block, linear);
         let name = fused.clone().unwrap_or_else(own);
         let elements = linear.rows * linear.columns;
         let stored = self.checkpoint.get(&name).map(|view| view.dtype);
-        match (self.reader_of(&name), stored) {
+        Ok(match (self.reader_of(&name), stored) {
             (None, Some(Dtype::BF16 | Dtype::F16)) => elements * 2,
-            (Some(reader), stored) if fused.is_none() => {
-                let parts = reader.parts(&name, &|name| self.stored(name)).into_iter();
-                let scales = parts.filter(|part| part.contains(".weight_scale") || part.ends_with(".scales"));
-                let count = |part: String| Some(self.checkpoint.get(&part)?.shape.iter().product::<usize>());
-                let scale_bytes = match stored {
-                    Some(Dtype::F8_E4M3) => size_of::<f32>(),
-                    _ => QuantizedWeight::GROUP_BYTES,
-                };
-                elements + scales.filter_map(count).sum::<usize>() * scale_bytes
+            (Some(reader), _) if fused.is_none() => {
+                return reader.byte_len(&name, &|name| self.stored(name));
             }
             _ => elements * 4,
-        }
+        })
     }
 
     /// Quantized values, where the model runs.

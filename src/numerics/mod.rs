@@ -1,6 +1,7 @@
 //! Mathematics on slices: no timely, no files, no checkpoint names.
 
 pub mod attention;
+pub mod bits;
 pub mod divergence;
 pub mod elementwise;
 pub mod factor;

@@ -3,6 +3,7 @@
 //! Codes are final (law 7): a [`QuantizedWeight`] is the only carrier of codes, scales and zero points
 //! between solver, output file and forward pass; nothing is re-derived from dequantized weights.
 
+use super::bits;
 use super::simd::vectorized;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -83,8 +84,8 @@ pub struct QuantizedWeight {
     pub rows: usize,
     /// Input features; a multiple of `grid.group_size`.
     pub columns: usize,
-    /// `[rows, columns]`, row-major, in `0..=grid.max_code()`
-    pub codes: Vec<u8>,
+    /// `[rows, bits::words(columns, grid.bits)]`, row-major: codes in `0..=grid.max_code()`, a row packed as [`bits`] says
+    pub codes: Vec<u32>,
     /// `[rows, columns / group_size]`, each exactly representable in `grid.scale_dtype`
     pub scales: Vec<f32>,
     /// `[rows, columns / group_size]`, in `0..=grid.max_code()`; `2^(bits-1)` throughout if symmetric
@@ -92,12 +93,20 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
-    /// Bytes of a group's scale and zero point.
-    pub const GROUP_BYTES: usize = size_of::<f32>() + size_of::<u8>();
+    /// Bytes of codes, scales and zero points of `rows` rows.
+    pub fn byte_len(rows: usize, columns: usize, bits: u32, group_size: usize) -> usize {
+        let of_group = size_of::<f32>() + size_of::<u8>();
+        rows * (bits::words(columns, bits) * size_of::<u32>() + columns / group_size * of_group)
+    }
 
     /// Groups in a row.
     pub fn groups(&self) -> usize {
         self.columns / self.grid.group_size
+    }
+
+    /// Codes, not packed: `[rows, columns]`, row-major.
+    pub fn unpacked(&self) -> Vec<u8> {
+        bits::unpack_rows(&self.codes, self.columns, self.grid.bits)
     }
 
     /// The weight that an inference kernel sees, `[rows, columns]` row-major, in f32.
@@ -120,17 +129,21 @@ impl QuantizedWeight {
     /// # Panics
     /// There are no such rows, or `values` has room for others.
     pub fn dequantize_rows_to(&self, rows: Range<usize>, values: &mut [f32]) {
-        let codes = &self.codes[rows.start * self.columns..rows.end * self.columns];
-        assert_eq!(values.len(), codes.len());
-        let groups = rows.start * self.groups()..rows.end * self.groups();
-        let scales = self.scales[groups.clone()].iter().zip(&self.zeros[groups]);
+        assert_eq!(values.len(), rows.len() * self.columns);
+        let (width, groups) = (bits::words(self.columns, self.grid.bits), self.groups());
         let size = self.grid.group_size;
-        let parts = values.chunks_exact_mut(size).zip(codes.chunks_exact(size));
+        let mut codes = vec![0; self.columns];
         vectorized!({
-            for ((values, codes), (&scale, &zero)) in parts.zip(scales) {
-                let zero = i32::from(zero);
-                for (value, &code) in values.iter_mut().zip(codes) {
-                    *value = (i32::from(code) - zero) as f32 * scale;
+            for (row, values) in rows.zip(values.chunks_exact_mut(self.columns)) {
+                bits::unpack_row(&self.codes[row * width..][..width], self.grid.bits, &mut codes);
+                let scales = &self.scales[row * groups..][..groups];
+                let scales = scales.iter().zip(&self.zeros[row * groups..][..groups]);
+                let parts = values.chunks_exact_mut(size).zip(codes.chunks_exact(size));
+                for ((values, codes), (&scale, &zero)) in parts.zip(scales) {
+                    let zero = i32::from(zero);
+                    for (value, &code) in values.iter_mut().zip(codes) {
+                        *value = (i32::from(code) - zero) as f32 * scale;
+                    }
                 }
             }
         });

@@ -3,7 +3,7 @@
 //! Layout: weights of a chunk are transposed, `[columns, lanes]`, a weight row a lane, so that the loops run along lanes.
 
 use super::simd::vectorized;
-use super::{Grid, QuantizedWeight};
+use super::{Grid, QuantizedWeight, bits};
 
 /// Shrink factors tried of the min–max scale: from 1 down to [`SHRINK_MIN`].
 const SHRINKS: usize = 40;
@@ -152,11 +152,18 @@ impl Lanes {
 
 /// The codes of a chunk `[columns, lanes]` in original order, with their scales, as a row-major [`QuantizedWeight`].
 pub fn assemble(codes: &[f64], lanes: usize, scales: &Scales, grid: Grid) -> QuantizedWeight {
+    let columns = codes.len() / lanes;
+    let width = bits::words(columns, grid.bits);
+    let mut packed = vec![0; lanes * width];
+    for (lane, words) in packed.chunks_exact_mut(width).enumerate() {
+        let codes = codes[lane..].iter().step_by(lanes).map(|&code| code as u8);
+        bits::pack_row(codes, grid.bits, words);
+    }
     QuantizedWeight {
         grid,
         rows: lanes,
-        columns: codes.len() / lanes,
-        codes: transposed(codes, lanes, |code| code as u8),
+        columns,
+        codes: packed,
         scales: transposed(&scales.scale, lanes, |scale| scale as f32),
         zeros: transposed(&scales.zero, lanes, |zero| zero as u8),
     }

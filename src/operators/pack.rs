@@ -7,7 +7,7 @@ use super::records::{Content, FactorFacts, Packed, PackedLinear, Quantized, Rows
 use crate::budget::Grant;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
-use crate::numerics::QuantizedWeight;
+use crate::numerics::{QuantizedWeight, bits};
 use crate::plan::PlannedLinear;
 use crate::report::Row;
 use candle_core::Tensor;
@@ -106,6 +106,7 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         return Ok(None);
     };
     let groups = planned.columns / grid.group_size;
+    let width = bits::words(planned.columns, grid.bits);
     let mut weight = QuantizedWeight {
         grid,
         rows: 0,
@@ -123,11 +124,7 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
         };
         let share = rows.weight.rows as f64 / planned.rows as f64;
         weight.rows += rows.weight.rows;
-        append(
-            &mut weight.codes,
-            rows.weight.codes,
-            planned.rows * planned.columns,
-        );
+        append(&mut weight.codes, rows.weight.codes, planned.rows * width);
         append(&mut weight.scales, rows.weight.scales, planned.rows * groups);
         append(&mut weight.zeros, rows.weight.zeros, planned.rows * groups);
         error += rows.error;
@@ -160,7 +157,7 @@ fn assemble(planned: &PlannedLinear, chunks: Vec<SolvedChunk>) -> Result<Option<
             .filter(|(_, energy)| *energy > 0.0)
             .map(|(error, energy)| error / energy),
         damp_percent: damp,
-        clip_rate: clipped as f64 / weight.codes.len() as f64,
+        clip_rate: clipped as f64 / (planned.rows * planned.columns) as f64,
         dead_columns: facts.dead as u64,
         fallback: (!notes.is_empty()).then(|| notes.join("; ")),
         seconds,

@@ -112,11 +112,9 @@ impl Plan {
         (PANEL_ROWS.min(width) * width * 8) as u64
     }
 
-    /// Codes, scales and zero points of `rows` rows of a linear, before they are packed.
+    /// Codes, scales and zero points of `rows` rows of a linear.
     pub fn code_bytes(&self, linear: &PlannedLinear, rows: usize) -> u64 {
-        let of = |grid: Grid| {
-            rows * (linear.columns + linear.columns / grid.group_size * QuantizedWeight::GROUP_BYTES)
-        };
+        let of = |grid: Grid| QuantizedWeight::byte_len(rows, linear.columns, grid.bits, grid.group_size);
         linear.to_solve().map_or(0, of) as u64
     }
 

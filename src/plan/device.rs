@@ -131,8 +131,9 @@ fn device_bytes(plan: &Plan, load: &Load, step: u64, weight_bytes: u64) -> u64 {
             again.max(batch_bytes(plan, load, step, plan.step_linears(step - 1)))
         }
     };
-    // Those that are written, and those that wait to be; a byte a weight.
-    let codes = |step: u64| weights(plan.step_linears(step)) / weight_bytes;
+    // Those that are written, and those that wait to be.
+    let code_bytes = |linear: &PlannedLinear| plan.code_bytes(linear, linear.rows);
+    let codes = |step: u64| plan.step_linears(step).iter().map(code_bytes).sum::<u64>();
     let behind = match load.graph {
         Graph::Statistics { .. } => 0,
         _ => (step.saturating_sub(1)..=step).map(codes).sum(),

@@ -4,7 +4,7 @@ use super::{Arg, number, of, run, to};
 use crate::reference::random;
 use half::{bf16, f16};
 use proptest::prelude::*;
-use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, elementwise};
+use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, bits, elementwise};
 
 /// How kernels name a dtype, and what a value becomes in it.
 type Kind = (i32, fn(f32) -> f32);
@@ -122,19 +122,21 @@ proptest! {
     }
 
     #[test]
-    fn weights_are_those_of_their_codes(rows in 1usize..4, groups in 1usize..4, seed in 0u64..1000) {
+    fn weights_are_those_of_their_codes(bits in prop::sample::select(&bits::WIDTHS[..]), rows in 1usize..4, groups in 1usize..4, seed in 0u64..1000) {
         let mut random = random(seed);
         let (group_size, columns) = (32, 32 * groups);
-        let grid = Grid { bits: 4, group_size, symmetric: false, scale_dtype: ScaleDtype::F32 };
-        let mut code = || ((random() + 1.0) * 7.9) as u8;
-        let codes = (0..rows * columns).map(|_| code()).collect();
+        let grid = Grid { bits, group_size, symmetric: false, scale_dtype: ScaleDtype::F32 };
+        let mut code = || ((random() + 1.0) * 127.9) as u8 & grid.max_code();
+        let codes: Vec<u8> = (0..rows * columns).map(|_| code()).collect();
+        let codes = bits::pack_rows(&codes, columns, bits);
         let zeros = (0..rows * groups).map(|_| code()).collect();
         let scales = (0..rows * groups).map(|i| 0.01 + i as f32 * 0.003).collect();
         let weight = QuantizedWeight { grid, rows, columns, codes, scales, zeros };
         for (kind, round) in KINDS {
             let mut out = vec![0u32; rows * columns];
             let args = [
-                to(&mut out), of(&weight.codes), of(&weight.scales), of(&weight.zeros), number(columns), number(group_size), Arg::I32(kind),
+                to(&mut out), of(&weight.codes), of(&weight.scales), of(&weight.zeros), number(columns), number(group_size),
+                number(bits::words(columns, bits)), Arg::U32(bits), Arg::I32(kind),
             ];
             run("dequantize", (columns, rows), 32, &args);
             let expected: Vec<f32> = weight.dequantize().into_iter().map(round).collect();

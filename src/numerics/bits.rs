@@ -2,25 +2,21 @@
 //!
 //! Element `i` of a row occupies the bits `[i * bits, (i + 1) * bits)` of the row's stream, least significant first, and word
 //! `w` holds the bits `[32 * w, 32 * w + 32)`. Where `bits` divides 32 no code crosses a word; 3-bit codes do, 32 of them
-//! filling exactly 3 words. Both layouts of this crate use it: compressed-tensors
-//! (`compressors/pack_quantized/helpers.py`, 0.20) and GPTQ (GPTQModel 7.7, `nn_modules/qlinear`), which differ only in the
-//! axis that is packed. This module knows shapes and bits, no tensor names.
+//! filling exactly 3 words. compressed-tensors (`compressors/pack_quantized/helpers.py`, 0.20) and GPTQ (GPTQModel 7.7,
+//! `nn_modules/qlinear`) both store it, and differ in what they transpose afterwards.
 
 use rayon::prelude::*;
 
 /// Widths that [`pack_rows`] and [`unpack_rows`] take.
-pub(super) const WIDTHS: [u32; 4] = [2, 3, 4, 8];
-
-/// Side of the square that [`transpose`] moves at once: two squares of u32 fit in a 32 KiB first-level cache.
-const TILE: usize = 64;
+pub const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 
 /// Words that hold `codes` codes of `bits` bits; the last one is filled up with zeros.
-pub(super) const fn words(codes: usize, bits: u32) -> usize {
+pub const fn words(codes: usize, bits: u32) -> usize {
     (codes / 32) * bits as usize + ((codes % 32) * bits as usize).div_ceil(32)
 }
 
 /// Packs every row of `codes` (`[rows, columns]`, each below `2^bits`) into [`words`]`(columns, bits)` words.
-pub(super) fn pack_rows(codes: &[u8], columns: usize, bits: u32) -> Vec<u32> {
+pub fn pack_rows(codes: &[u8], columns: usize, bits: u32) -> Vec<u32> {
     debug_assert!(WIDTHS.contains(&bits));
     let width = words(columns, bits);
     if width == 0 {
@@ -31,12 +27,12 @@ pub(super) fn pack_rows(codes: &[u8], columns: usize, bits: u32) -> Vec<u32> {
     packed
         .par_chunks_exact_mut(width)
         .zip(codes.par_chunks_exact(columns))
-        .for_each(|(words, codes)| pack_row(codes, bits, words));
+        .for_each(|(words, codes)| pack_row(codes.iter().copied(), bits, words));
     packed
 }
 
 /// Inverse of [`pack_rows`]: the first `columns` codes of every row of `words(columns, bits)` words.
-pub(super) fn unpack_rows(packed: &[u32], columns: usize, bits: u32) -> Vec<u8> {
+pub fn unpack_rows(packed: &[u32], columns: usize, bits: u32) -> Vec<u8> {
     debug_assert!(WIDTHS.contains(&bits));
     let width = words(columns, bits);
     if width == 0 {
@@ -51,9 +47,10 @@ pub(super) fn unpack_rows(packed: &[u32], columns: usize, bits: u32) -> Vec<u8> 
     codes
 }
 
-fn pack_row(codes: &[u8], bits: u32, words: &mut [u32]) {
+/// Packs one row into its words.
+pub(super) fn pack_row(codes: impl IntoIterator<Item = u8>, bits: u32, words: &mut [u32]) {
     let (mut stream, mut filled, mut words) = (0u64, 0, words.iter_mut());
-    for &code in codes {
+    for code in codes {
         debug_assert!(u32::from(code) < 1 << bits, "code {code} in {bits} bits");
         stream |= u64::from(code) << filled;
         filled += bits;
@@ -70,7 +67,35 @@ fn pack_row(codes: &[u8], bits: u32, words: &mut [u32]) {
     }
 }
 
-fn unpack_row(words: &[u32], bits: u32, codes: &mut [u8]) {
+/// The first codes of a row of words.
+#[inline(always)]
+pub(super) fn unpack_row(words: &[u32], bits: u32, codes: &mut [u8]) {
+    match bits {
+        2 => unpack_whole::<2>(words, codes),
+        4 => unpack_whole::<4>(words, codes),
+        8 => unpack_whole::<8>(words, codes),
+        _ => unpack_stream(words, bits, codes),
+    }
+}
+
+/// Where no code crosses a word.
+#[inline(always)]
+fn unpack_whole<const BITS: u32>(words: &[u32], codes: &mut [u8]) {
+    let of = |word: u32, k: usize| (word >> (k as u32 * BITS)) as u8 & (u8::MAX >> (8 - BITS));
+    let mut whole = codes.chunks_exact_mut((32 / BITS) as usize);
+    for (codes, &word) in whole.by_ref().zip(words) {
+        for (k, code) in codes.iter_mut().enumerate() {
+            *code = of(word, k);
+        }
+    }
+    if let (codes, Some(&word)) = (whole.into_remainder(), words.last()) {
+        for (k, code) in codes.iter_mut().enumerate() {
+            *code = of(word, k);
+        }
+    }
+}
+
+fn unpack_stream(words: &[u32], bits: u32, codes: &mut [u8]) {
     let mask = (1u64 << bits) - 1;
     let (mut stream, mut filled, mut words) = (0u64, 0, words.iter());
     for code in codes {
@@ -82,38 +107,6 @@ fn unpack_row(words: &[u32], bits: u32, codes: &mut [u8]) {
         stream >>= bits;
         filled -= bits;
     }
-}
-
-/// The transpose of `matrix` (`[rows, columns]`, row-major), in square tiles.
-pub(super) fn transpose<T: Copy + Default>(matrix: &[T], rows: usize, columns: usize) -> Vec<T> {
-    debug_assert_eq!(matrix.len(), rows * columns);
-    let mut out = vec![T::default(); matrix.len()];
-    for top in (0..rows).step_by(TILE) {
-        for left in (0..columns).step_by(TILE) {
-            for row in top..(top + TILE).min(rows) {
-                for column in left..(left + TILE).min(columns) {
-                    out[column * rows + row] = matrix[row * columns + column];
-                }
-            }
-        }
-    }
-    out
-}
-
-/// The little-endian bytes of `words`.
-pub(super) fn to_bytes(mut words: Vec<u32>) -> Vec<u8> {
-    for word in &mut words {
-        *word = word.to_le();
-    }
-    bytemuck::cast_slice(&words).to_vec()
-}
-
-/// Inverse of [`to_bytes`]; trailing bytes that fill no word are dropped.
-pub(super) fn from_bytes(bytes: &[u8]) -> Vec<u32> {
-    bytes
-        .chunks_exact(4)
-        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-        .collect()
 }
 
 #[cfg(test)]
@@ -153,21 +146,6 @@ mod tests {
             prop_assert_eq!(&packed, &pack_slowly(&codes, columns, bits));
             prop_assert_eq!(packed.len(), codes.len() / columns * words(columns, bits));
             prop_assert_eq!(unpack_rows(&packed, columns, bits), codes);
-        }
-
-        #[test]
-        fn bytes_round_trip(words in prop::collection::vec(any::<u32>(), 0..50)) {
-            prop_assert_eq!(from_bytes(&to_bytes(words.clone())), words);
-        }
-
-        #[test]
-        fn transpose_is_an_involution(rows in 0usize..150, columns in 0usize..150) {
-            let matrix: Vec<u32> = (0..(rows * columns) as u32).collect();
-            let turned = transpose(&matrix, rows, columns);
-            if rows > 1 && columns > 1 {
-                prop_assert_eq!(turned[1], columns as u32);
-            }
-            prop_assert_eq!(transpose(&turned, columns, rows), matrix);
         }
     }
 
