@@ -8,7 +8,8 @@
 //! What was measured is kept beside the output and serves for other averages. The graphs are in `predict`, `solve` and `sensitivity`; the
 //! arithmetic is in [`crate::allocation`].
 
-use super::quantize::{self, Job, Summary, WORK_FOLDER};
+use super::folder::{self, WORK_FOLDER};
+use super::job::{Job, Summary};
 use super::sensitivity::{Measurement, measure};
 use super::{predict, resolve};
 use crate::allocation::{self, Measured, Sensitivity, Unit};
@@ -225,7 +226,7 @@ fn sense(
     let available = system::available_host_bytes();
     let workers = job.placement.workers(job.workers);
     let fit = plan.fit_measurement(model.tower, windows, streams, workers, job.memory, available)?;
-    quantize::expect_own_folder(job)?;
+    folder::expect_own(job)?;
     storage::create_folder(&work)?;
     let probe_bits = allocation::probe_bits(units)?;
     let mut recipe = job.recipe.clone();

@@ -1,6 +1,7 @@
 //! The end of a run: everything gets its final name, `config.json` last, and what was done is told.
 
-use super::quantize::{Job, PROVENANCE, REPORT, Summary};
+use super::folder::{PROVENANCE, REPORT};
+use super::job::{Job, Summary};
 use crate::error::{Error, Result};
 use crate::formats::{CONFIG_KEYS, Reader};
 use crate::ledger::Record;

@@ -1,9 +1,12 @@
-//! One file a dataflow graph, each drawn on top and readable as a chain of named operators.
+//! One file a dataflow graph, each drawn on top and readable as a chain of named operators; and the runs around them.
 
 pub mod allocate;
 pub mod data_free;
+mod earlier;
 pub mod evaluate;
 mod finish;
+pub mod folder;
+pub mod job;
 pub mod predict;
 pub mod quantize;
 pub mod resolve;

@@ -4,7 +4,7 @@
 //! steps ─gated by a probe─► load ─► factor ─broadcast─► predict ─► gather
 //! ```
 
-use super::quantize::Job;
+use super::job::Job;
 use super::run::{self, feed};
 use crate::artifact::Artifact;
 use crate::calibration::PROBE_TOKENS;

@@ -7,25 +7,17 @@
 //! OUT/.quantflow/replace     its files: from here on the old ones go and the new ones come, whatever breaks off
 //! ```
 
-use super::quantize::{self, Job, PROVENANCE, REPORT, Summary, WORK_FOLDER};
-use crate::artifact::Artifact;
-use crate::checkpoint::{Checkpoint, OutputWriter, hex, read_json};
-use crate::error::{Error, IoContext, Result};
-use crate::formats::TensorSpec;
+use super::earlier::Earlier;
+use super::folder::{NEXT, PROVENANCE, REPLACE, WORK_FOLDER};
+use super::job::{Job, Summary};
+use super::quantize;
+use crate::error::{IoContext, Result};
 use crate::operators::Halt;
-use crate::operators::kept::{Solved, kept};
-use crate::plan::{Plan, PlannedLinear};
-use crate::report::{Observer, Row};
+use crate::report::Observer;
 use crate::storage::{self, FolderLock};
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
-
-/// Where the new output grows, in the work folder.
-const NEXT: &str = "next";
-/// Names of the new output's files, in the work folder, once it is complete.
-const REPLACE: &str = "replace";
 
 /// Runs `job`, which has statistics.
 ///
@@ -57,12 +49,6 @@ pub fn solve(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resul
     drop(lock);
     summary.output.clone_from(&job.output);
     Ok(summary)
-}
-
-/// Whether `output` holds a new output that is not yet in place.
-pub(super) fn is_under_way(output: &Path) -> bool {
-    let work = output.join(WORK_FOLDER);
-    work.join(NEXT).exists() || work.join(REPLACE).exists()
 }
 
 /// Puts the new output in the place of the old one. May break off anywhere and be called again.
@@ -98,96 +84,4 @@ fn files(folder: &Path) -> Result<BTreeSet<String>> {
         names.extend(name.into_string().ok().filter(|name| name != WORK_FOLDER));
     }
     Ok(names)
-}
-
-/// A finished output, from which linears are kept.
-pub(super) struct Earlier {
-    folder: PathBuf,
-    checkpoint: Checkpoint,
-    held: Vec<Solved>,
-}
-
-impl Earlier {
-    fn open(folder: &Path) -> Result<Self> {
-        let provenance = read_json(&folder.join(PROVENANCE))?;
-        // An output of another command, or of another version, holds nothing that can be kept.
-        let held = provenance.get("solved").and_then(|solved| solved.as_object());
-        let held = held.into_iter().flatten();
-        Ok(Self {
-            folder: folder.to_owned(),
-            checkpoint: Checkpoint::open(folder)?,
-            held: held
-                .filter_map(|(name, key)| Some((name.clone(), key.as_str()?.to_owned())))
-                .collect(),
-        })
-    }
-
-    /// Marks what `plan` need not solve, and gives its rows of the report by name.
-    pub(super) fn keep(&self, plan: &mut Plan, wanted: Vec<Solved>) -> Result<BTreeMap<String, Row>> {
-        let kept = kept(wanted, self.held.clone());
-        let path = self.folder.join(REPORT);
-        let report = std::fs::read_to_string(&path).context("read", &path)?;
-        let rows = report
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Row>(line).ok());
-        let mut rows: BTreeMap<String, Row> = rows.map(|row| (row.name.clone(), row)).collect();
-        rows.retain(|name, _| kept.contains(name));
-        let is_there = |spec: &TensorSpec| self.checkpoint.spec(&spec.name).as_ref() == Some(spec);
-        let keep = |linear: &PlannedLinear| {
-            rows.contains_key(&linear.name) && plan.tensors(linear).iter().all(is_there)
-        };
-        let kept: Vec<bool> = plan.linears.iter().map(keep).collect();
-        for (linear, kept) in plan.linears.iter_mut().zip(kept) {
-            linear.kept = kept;
-            if !kept {
-                rows.remove(&linear.name);
-            }
-        }
-        Ok(rows)
-    }
-
-    /// Copies the tensors of what is kept.
-    pub(super) fn copy(&self, plan: &Plan, writer: &OutputWriter) -> Result<()> {
-        for linear in plan.linears.iter().filter(|linear| linear.kept) {
-            let Some(grid) = linear.grid else { continue };
-            let specs = plan.format.specs(&linear.name, linear.rows, linear.columns, grid);
-            for spec in specs {
-                writer.copy(&spec.name, &self.checkpoint)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Name and key of every linear that is to have codes: the key is a digest of all that decides them.
-///
-/// # Errors
-/// The artifact has no statistics of a block.
-pub(super) fn keys(plan: &Plan, artifact: &Artifact) -> Result<Vec<Solved>> {
-    let key = |linear: &PlannedLinear| -> Result<Solved> {
-        let file = artifact.header.blocks.get(linear.block).ok_or_else(|| {
-            Error::invalid(
-                artifact.folder().display().to_string(),
-                format!("has no statistics of block {}", linear.block),
-                "it is empty, or of a model with fewer blocks",
-            )
-        })?;
-        let recipe = &plan.recipe;
-        let decides = serde_json::json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "model": artifact.header.origin.model,
-            "block": file,
-            "site": linear.site,
-            "grid": linear.grid,
-            "actorder": recipe.actorder,
-            "damp_percent": recipe.damp_percent,
-            "refine_rounds": recipe.refine_rounds(),
-            "method": recipe.method,
-            "format": recipe.format,
-        });
-        let digest = hex(&Sha256::digest(decides.to_string()));
-        Ok((linear.name.clone(), digest))
-    };
-    let quantized = plan.linears.iter().filter(|linear| linear.grid.is_some());
-    quantized.map(key).collect()
 }

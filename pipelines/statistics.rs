@@ -17,7 +17,7 @@
 //! ```
 //! Only the batches that come or go are run. Sums are integers: what is taken away leaves no trace.
 
-use super::quantize::WORK_FOLDER;
+use super::folder::WORK_FOLDER;
 use super::run;
 use crate::artifact::{Artifact, FULL_PRECISION, HEADER, Header, Held, Origin};
 use crate::calibration::{

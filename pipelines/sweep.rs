@@ -2,7 +2,8 @@
 //! one scheme after another. No graph of its own.
 
 use super::evaluate::{Evaluation, Scores, evaluate};
-use super::quantize::{Job, REPORT, Summary};
+use super::folder::REPORT;
+use super::job::{Job, Summary};
 use super::resolve;
 use crate::allocation::effective_bits;
 use crate::calibration::Calibration;

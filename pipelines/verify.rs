@@ -1,6 +1,6 @@
 //! Reads an output back and holds it against its source; needs no dataflow.
 
-use super::quantize::PROVENANCE;
+use super::folder::PROVENANCE;
 use crate::checkpoint::{TensorView, digest, read_json};
 use crate::error::Result;
 use crate::model::{Coded, Tower};

@@ -1,10 +1,12 @@
 //! The CUDA kernels, as they are, built by the C compiler and run on the CPU: each against its definition. Launches, and calls of NVIDIA's
 //! libraries, are what tests/cuda/run tests, which needs a build with the feature.
 
+mod codes;
 mod forward;
 mod solver;
 mod sums;
 
+use half::{bf16, f16};
 use libloading::Library;
 use quantflow::storage;
 use regex::Regex;
@@ -13,6 +15,31 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock};
+
+/// How kernels name a dtype, and what a value becomes in it.
+type Kind = (i32, fn(f32) -> f32);
+
+const KINDS: [Kind; 3] = [
+    (0, |value| value),
+    (1, |value| bf16::from_f32(value).to_f32()),
+    (2, |value| f16::from_f32(value).to_f32()),
+];
+
+/// What a kernel wrote, `count` values of a kind.
+fn widened(kind: i32, words: &[u32], count: usize) -> Vec<f32> {
+    let halves: &[u16] = bytemuck::cast_slice(words);
+    match kind {
+        0 => words[..count].iter().map(|&word| f32::from_bits(word)).collect(),
+        1 => halves[..count]
+            .iter()
+            .map(|&half| bf16::from_bits(half).to_f32())
+            .collect(),
+        _ => halves[..count]
+            .iter()
+            .map(|&half| f16::from_bits(half).to_f32())
+            .collect(),
+    }
+}
 
 /// An argument of a kernel: a place, or a value.
 #[derive(Clone, Copy)]

@@ -7,10 +7,11 @@ use quantflow::calibration::{self, ContentId, Documents, Placed, Source};
 use quantflow::error::Result;
 use quantflow::memory::Room;
 use quantflow::operators::groups::changed_groups;
-use quantflow::pipelines::quantize::{self, quantize};
+use quantflow::pipelines::quantize::{collected, quantize};
 use quantflow::pipelines::resolve;
 use quantflow::pipelines::statistics::{Change, Job, Summary, merge_artifacts, update};
 use quantflow::pipelines::verify::verify;
+use quantflow::pipelines::{folder, job};
 use quantflow::recipe::{Damping, Recipe, Scheme};
 use quantflow::report::{Observer, Row, Silent};
 use quantflow::storage;
@@ -351,10 +352,10 @@ fn one_artifact_serves_many_recipes() {
     let at = |name: &str| folder.path().join(name);
     let a = rows(folder.path(), "a.jsonl", 0..40);
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
-    let solve = |name: &str, bits: u32, workers: usize| quantize::Job {
+    let solve = |name: &str, bits: u32, workers: usize| job::Job {
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
         workers,
-        ..quantize::Job::new(
+        ..job::Job::new(
             fixture("model"),
             at(name),
             Recipe {
@@ -391,19 +392,19 @@ fn one_artifact_serves_many_recipes() {
     assert!(error.to_string().contains("another model"), "{error}");
     storage::write_whole(&at("s").join(HEADER), header.as_bytes()).unwrap();
     // The same in one command.
-    let job = quantize::Job {
+    let job = job::Job {
         statistics: None,
         ..solve("independent", 4, 2)
     };
     let at_once = {
-        let collected = quantize::collected(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
+        let collected = collected(&job, read(&[&a]), &observer, &Arc::default()).unwrap();
         quantize(&collected, &observer, &Arc::default()).unwrap()
     };
     assert_eq!(at_once.output_digest, four.output_digest);
     assert!(!at("independent").join(".quantflow").exists());
 }
 
-fn solve(job: &quantize::Job, watch: &Arc<Watch>) -> Result<quantize::Summary> {
+fn solve(job: &job::Job, watch: &Arc<Watch>) -> Result<job::Summary> {
     let summary = watch.over(|observer, halt| resolve::solve(job, observer, halt))?;
     assert!(summary.asked_peak_host_bytes <= summary.plan_peak_host_bytes);
     Ok(summary)
@@ -418,11 +419,11 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
         rows(folder.path(), "b.jsonl", 24..40),
     );
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
-    let job_of = |name: &str, down_bits: u32| quantize::Job {
+    let job_of = |name: &str, down_bits: u32| job::Job {
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
         workers: 2,
         shard_bytes_max: 400_000,
-        ..quantize::Job::new(
+        ..job::Job::new(
             fixture("model"),
             at(name),
             Recipe {
@@ -446,7 +447,7 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
     };
     let (four, three) = (fresh("out", 4), fresh("three", 3));
     let report = |name: &str| {
-        let text = std::fs::read_to_string(at(name).join(quantize::REPORT)).unwrap();
+        let text = std::fs::read_to_string(at(name).join(folder::REPORT)).unwrap();
         let rows = text
             .lines()
             .map(|line| serde_json::from_str::<Row>(line).unwrap());
@@ -497,7 +498,7 @@ fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
 
 /// Mean held-out error over the linears of an output's report.
 fn held_out_error(output: &Path) -> f64 {
-    let report = std::fs::read_to_string(output.join(quantize::REPORT)).unwrap();
+    let report = std::fs::read_to_string(output.join(folder::REPORT)).unwrap();
     let rows: Vec<Row> = report
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
@@ -537,10 +538,10 @@ fn held_out_batches_measure_and_choose_the_damping() {
     assert!(used > 0 && used < at_once.tokens, "{used} of {}", at_once.tokens);
     let observer: Arc<dyn Observer> = Arc::new(Silent);
     let solve = |name: &str, damp_percent, statistics: &Arc<Artifact>| {
-        let job = quantize::Job {
+        let job = job::Job {
             statistics: Some(Arc::clone(statistics)),
             workers: 2,
-            ..quantize::Job::new(
+            ..job::Job::new(
                 fixture("model"),
                 at(name),
                 Recipe {

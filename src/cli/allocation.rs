@@ -1,12 +1,11 @@
 //! `--average-bits` of `solve` and `quantize`.
 
 use super::arguments::{AllocationArguments, QuantizeArguments, SolveArguments, WindowArguments};
-use super::evaluate::windows;
-use super::quantize::calibrate;
+use super::inputs::{calibrate, windows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::pipelines::allocate::{Allocation, From, RECIPE, SENSITIVITY, Wanted, sample};
-use crate::pipelines::quantize::Summary;
+use crate::pipelines::job::Summary;
 use serde::Serialize;
 use std::collections::BTreeMap;
 

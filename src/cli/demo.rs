@@ -7,7 +7,8 @@ use crate::calibration::{self, Source};
 use crate::error::{Error, IoContext, Result};
 use crate::operators::Halt;
 use crate::pipelines::evaluate::{Evaluation, evaluate};
-use crate::pipelines::quantize::{Job, quantize};
+use crate::pipelines::job::Job;
+use crate::pipelines::quantize::quantize;
 use crate::recipe::{Method, Recipe};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub(super) fn run(arguments: &DemoArguments, halt: &Arc<Halt>) -> Result<Outcome
             .clone()
             .map_or_else(|| temporary.path().join(name), |output| output.join(name))
     };
-    let vocab_size = super::quantize::vocab_size(&model)?;
+    let vocab_size = super::inputs::vocab_size(&model)?;
     let source = Source {
         names: vec![folder.join("data/text_calib.jsonl").display().to_string()],
         samples: 128,

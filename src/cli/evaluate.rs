@@ -1,37 +1,15 @@
 //! `evaluate`, and the hidden `logits`.
 
-use super::arguments::{EvaluateArguments, LogitsArguments, WindowArguments, workers};
-use super::quantize::vocab_size;
+use super::arguments::{EvaluateArguments, LogitsArguments, workers};
+use super::inputs::{vocab_size, windows};
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
-use crate::calibration::{self, Calibration};
+use crate::calibration;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::operators::Halt;
 use crate::pipelines::evaluate::{Evaluation, evaluate, write_logits};
-use std::path::Path;
 use std::sync::Arc;
-
-/// The windows that `--tokens` or `--text` names; `None` where neither is given.
-pub(super) fn windows(model: &Path, arguments: &WindowArguments) -> Result<Option<Calibration>> {
-    let vocab_size = vocab_size(model)?;
-    let mut windows = match (&arguments.tokens, &arguments.text) {
-        (Some(file), _) => calibration::from_npy(file, vocab_size)?,
-        (None, Some(file)) => calibration::read_texts(file, model, arguments.length, vocab_size)?,
-        (None, None) => return Ok(None),
-    };
-    if let Some(count) = arguments.windows {
-        let length = windows.length_max().max(1);
-        let mut tokens: Vec<u32> = windows
-            .batches
-            .iter()
-            .flat_map(|batch| batch.tokens.iter().copied())
-            .collect();
-        tokens.truncate(count * length);
-        windows.batches = calibration::batches(&tokens, length);
-    }
-    Ok(Some(windows))
-}
 
 pub(super) fn run(arguments: &EvaluateArguments, halt: &Arc<Halt>) -> Result<Outcome> {
     let windows = windows(&arguments.reference, &arguments.windows)?;

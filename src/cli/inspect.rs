@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::formats::{Reader, quantization_config};
 use crate::model::families;
-use crate::pipelines::quantize::WORK_FOLDER;
+use crate::pipelines::folder::WORK_FOLDER;
 use crate::pipelines::verify::verify as check;
 
 pub(super) fn verify(arguments: &VerifyArguments) -> Result<Outcome> {

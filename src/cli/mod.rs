@@ -6,6 +6,7 @@ mod allocation;
 mod arguments;
 mod demo;
 mod evaluate;
+mod inputs;
 mod inspect;
 mod plan;
 mod progress;

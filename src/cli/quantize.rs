@@ -1,20 +1,18 @@
 //! `quantize` and `solve`.
 
-use super::arguments::{CalibrationArguments, FinishArguments, QuantizeArguments, SolveArguments};
-use super::statistics::documents;
+use super::arguments::{FinishArguments, QuantizeArguments, SolveArguments};
+use super::inputs::{calibrate, documents, print_notes};
 use super::text::{bytes, seconds};
 use super::{Outcome, allocation, print_json, progress};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Calibration, Source, Usage};
-use crate::checkpoint::Checkpoint;
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::model::families;
 use crate::operators::Halt;
 use crate::pipelines::allocate::{self, Allocation};
-use crate::pipelines::quantize::{Job, Summary, collected, quantize};
+use crate::pipelines::job::{Job, Summary};
+use crate::pipelines::quantize::{collected, quantize};
 use crate::pipelines::resolve;
 use crate::recipe::Method;
-use std::path::Path;
 use std::sync::Arc;
 
 pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Outcome> {
@@ -44,11 +42,6 @@ pub(super) fn run(arguments: &QuantizeArguments, halt: &Arc<Halt>) -> Result<Out
         None => (quantize(&job, &observer, halt)?, None),
     };
     tell(&job, &summary, chosen.as_ref(), &arguments.finish)
-}
-
-/// What the user should know of the calibration before the work begins.
-pub(super) fn print_notes(usage: &Usage) {
-    usage.notes.iter().for_each(|note| eprintln!("note: {note}"));
 }
 
 fn tell(
@@ -120,38 +113,6 @@ pub(super) fn solve(arguments: &SolveArguments, halt: &Arc<Halt>) -> Result<Outc
         None => (resolve::solve(&job, &observer, halt)?, None),
     };
     tell(&job, &summary, chosen.as_ref(), &arguments.finish)
-}
-
-pub(super) fn calibrate(arguments: &CalibrationArguments, model: &Path) -> Result<Calibration> {
-    let vocab_size = vocab_size(model)?;
-    match &arguments.calibration_tokens {
-        Some(file) => calibration::from_npy(file, vocab_size),
-        None => calibration::load(&source(arguments)?, model, vocab_size),
-    }
-}
-
-/// What the calibration flags name.
-pub(super) fn source(arguments: &CalibrationArguments) -> Result<Source> {
-    if arguments.calibration.is_empty() {
-        return Err(Error::usage(
-            "--calibration",
-            "is missing",
-            "name a text file (.jsonl, .json, .txt, .csv, .parquet); quantize --method rtn needs none",
-        ));
-    }
-    Ok(Source {
-        names: arguments.calibration.clone(),
-        dataset_dir: arguments.dataset_dir.clone(),
-        samples: arguments.samples,
-        length: arguments.length,
-        seed: arguments.seed,
-        ..Source::default()
-    })
-}
-
-/// Rows of a checkpoint's embedding, from its config.
-pub(super) fn vocab_size(model: &Path) -> Result<usize> {
-    Ok(families::parse(Checkpoint::open(model)?.config())?.vocab_size)
 }
 
 fn print_summary(job: &Job, s: &Summary) {

@@ -1,14 +1,12 @@
 //! `statistics`: collect, add, retract, merge, inspect.
 
 use super::arguments::{
-    CalibrationArguments, ChangeArguments, CollectArguments, InspectArguments, MergeArguments,
-    ResourceArguments, StatisticsCommand,
+    ChangeArguments, CollectArguments, InspectArguments, MergeArguments, ResourceArguments, StatisticsCommand,
 };
-use super::quantize::{print_notes, source, vocab_size};
+use super::inputs::{documents, print_notes};
 use super::text::{bytes, seconds};
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
-use crate::calibration::{self, Documents};
 use crate::device::{DeviceChoice, Placement};
 use crate::error::Result;
 use crate::operators::Halt;
@@ -71,14 +69,6 @@ fn placement_of(artifact: &Path, resources: &ResourceArguments) -> Result<Placem
     match resources.device {
         DeviceChoice::Auto if begun == cpu.arithmetic() => Ok(cpu),
         _ => resources.placement(),
-    }
-}
-
-pub(super) fn documents(arguments: &CalibrationArguments, model: &Path) -> Result<Documents> {
-    let vocab_size = vocab_size(model)?;
-    match &arguments.calibration_tokens {
-        Some(file) => calibration::documents_from_npy(file, vocab_size),
-        None => calibration::documents(&source(arguments)?, model, vocab_size),
     }
 }
 

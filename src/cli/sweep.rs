@@ -1,12 +1,12 @@
 //! `sweep`.
 
 use super::arguments::SweepArguments;
-use super::evaluate::windows;
+use super::inputs::windows;
 use super::{Outcome, print_json, progress};
 use crate::artifact::Artifact;
 use crate::error::{IoContext, Result};
 use crate::operators::Halt;
-use crate::pipelines::quantize::Job;
+use crate::pipelines::job::Job;
 use crate::pipelines::sweep::{Sweep, Tried, sweep};
 use crate::recipe::Recipe;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! The CUDA side: launches of our kernels, products by cuBLAS, factorizations by cuSOLVER. Everything goes to the device's one stream, so
 //! that what is launched first is done first; only a copy to the host waits.
 
-use super::matrix::{Matrix, Operands};
+use super::operands::{Matrix, Operands};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{self, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
@@ -33,6 +33,7 @@ macro_rules! module {
         };
     };
 }
+module!(CODES, "codes");
 module!(FORWARD, "forward");
 module!(SUMS, "sums");
 module!(MATRICES, "matrices");

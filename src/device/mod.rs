@@ -5,13 +5,16 @@
 //! On the CPU quantflow itself uses [`crate::numerics`] instead, whose kernels are made for caches, threads and scratch files.
 
 pub mod attention;
+pub mod codes;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub mod divergence;
 pub mod factor;
 pub mod hessian;
 pub mod matrix;
+pub(crate) mod operands;
 pub(crate) mod panels;
+pub mod parking;
 #[cfg(feature = "cuda")]
 mod pinned;
 mod placement;

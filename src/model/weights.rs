@@ -291,7 +291,7 @@ impl Tower {
     /// The device has no memory left.
     pub fn quantized_weight(&self, weight: Arc<QuantizedWeight>) -> Result<Weight> {
         Ok(match self.placement().on_device {
-            true => Weight::Whole(device::transfer::dequantize(
+            true => Weight::Whole(device::codes::dequantize(
                 &weight,
                 self.precision(),
                 self.device(),

@@ -1,7 +1,7 @@
 //! The activation store: what lies between two stages, per batch and stream. On the device, where there is one, up to a budget, then in
 //! memory up to another, in a scratch file beyond that.
 
-use crate::device::transfer::{Parked, Parking};
+use crate::device::parking::{Parked, Parking};
 use crate::device::{Placement, values};
 use crate::error::{Error, Result};
 use crate::numerics::halves;

@@ -4,7 +4,7 @@ use super::{Chunk, Fit, Graph, Load, Plan, PlannedLinear};
 use crate::device::Placement;
 use crate::device::attention::TILE_BYTES;
 use crate::device::panels::{PANEL_ROWS, elements};
-use crate::device::transfer::{AHEAD, LEAVING};
+use crate::device::parking::{AHEAD, LEAVING};
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
 use crate::numerics::panels::Shape;

@@ -21,6 +21,7 @@
 
 static void __syncthreads() { stop("a kernel that waits for its other threads"); }
 
+#include "codes.cu"
 #include "matrices.cu"
 #include "solver.cu"
 #include "sums.cu"

@@ -13,7 +13,7 @@ use quantflow::device::{Placement, divergence};
 use quantflow::numerics::divergence::compare;
 use quantflow::pipelines::allocate::From;
 use quantflow::pipelines::evaluate::{Evaluation, Scores, evaluate};
-use quantflow::pipelines::quantize::Job as Solve;
+use quantflow::pipelines::job::Job as Solve;
 use quantflow::pipelines::statistics::{self, Change, Job};
 use quantflow::pipelines::verify::verify;
 use quantflow::recipe::{Damping, Method, Recipe};

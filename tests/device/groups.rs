@@ -4,7 +4,7 @@ use super::{placements, random, smallest};
 use crate::mixtures;
 use crate::quantize::run;
 use crate::sources::stored::{Checkpoint, Tensor};
-use quantflow::pipelines::quantize::Job;
+use quantflow::pipelines::job::Job;
 use quantflow::plan::Plan;
 use std::path::Path;
 

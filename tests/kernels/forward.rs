@@ -1,36 +1,11 @@
 //! The forward pass.
 
-use super::{Arg, number, of, run, to};
+use super::{Arg, KINDS, number, of, run, to, widened};
 use crate::reference::random;
-use half::{bf16, f16};
 use proptest::prelude::*;
-use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, bits, elementwise};
+use quantflow::numerics::elementwise;
 
-/// How kernels name a dtype, and what a value becomes in it.
-type Kind = (i32, fn(f32) -> f32);
 type Gate = fn(&mut [f32], &[f32]);
-
-const KINDS: [Kind; 3] = [
-    (0, |value| value),
-    (1, |value| bf16::from_f32(value).to_f32()),
-    (2, |value| f16::from_f32(value).to_f32()),
-];
-
-/// What a kernel wrote, `count` values of a kind.
-fn widened(kind: i32, words: &[u32], count: usize) -> Vec<f32> {
-    let halves: &[u16] = bytemuck::cast_slice(words);
-    match kind {
-        0 => words[..count].iter().map(|&word| f32::from_bits(word)).collect(),
-        1 => halves[..count]
-            .iter()
-            .map(|&half| bf16::from_bits(half).to_f32())
-            .collect(),
-        _ => halves[..count]
-            .iter()
-            .map(|&half| f16::from_bits(half).to_f32())
-            .collect(),
-    }
-}
 
 #[test]
 fn gates_are_those_of_the_cpu() {
@@ -118,29 +93,6 @@ proptest! {
                     prop_assert!((ours - expected).abs() <= tolerance * expected.max(1e-3), "{ours} {expected}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn weights_are_those_of_their_codes(bits in prop::sample::select(&bits::WIDTHS[..]), rows in 1usize..4, groups in 1usize..4, seed in 0u64..1000) {
-        let mut random = random(seed);
-        let (group_size, columns) = (32, 32 * groups);
-        let grid = Grid { bits, group_size, symmetric: false, scale_dtype: ScaleDtype::F32 };
-        let mut code = || ((random() + 1.0) * 127.9) as u8 & grid.max_code();
-        let codes: Vec<u8> = (0..rows * columns).map(|_| code()).collect();
-        let codes = bits::pack_rows(&codes, columns, bits);
-        let zeros = (0..rows * groups).map(|_| code()).collect();
-        let scales = (0..rows * groups).map(|i| 0.01 + i as f32 * 0.003).collect();
-        let weight = QuantizedWeight { grid, rows, columns, codes, scales, zeros };
-        for (kind, round) in KINDS {
-            let mut out = vec![0u32; rows * columns];
-            let args = [
-                to(&mut out), of(&weight.codes), of(&weight.scales), of(&weight.zeros), number(columns), number(group_size),
-                number(bits::words(columns, bits)), Arg::U32(bits), Arg::I32(kind),
-            ];
-            run("dequantize", (columns, rows), 32, &args);
-            let expected: Vec<f32> = weight.dequantize().into_iter().map(round).collect();
-            prop_assert_eq!(widened(kind, &out, rows * columns), expected);
         }
     }
 }

@@ -8,7 +8,7 @@ use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring};
 use quantflow::numerics::panels::{Panels, Shape};
 use quantflow::numerics::scales::search;
 use quantflow::numerics::solver::{GptqOptions, gptq, round_to_nearest};
-use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, bits};
+use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype};
 
 /// As in src/device/solver.rs.
 const BLOCK: usize = 64;
@@ -101,18 +101,6 @@ proptest! {
         prop_assert!((tally(0) - expected.error).abs() <= 1e-9 * expected.energy);
         prop_assert!((tally(1) - expected.energy).abs() <= 1e-9 * expected.energy);
         prop_assert_eq!(tally(2), expected.clipped as f64);
-    }
-
-    #[test]
-    fn codes_are_packed_as_on_the_cpu(bits in prop::sample::select(&bits::WIDTHS[..]), width in 1usize..150, lanes in 1usize..40, seed in 0u64..1000) {
-        let mut random = random(seed);
-        let codes: Vec<u8> = (0..lanes * width).map(|_| (random().abs() * f64::from(1u32 << bits)) as u8 & ((1u32 << bits) - 1) as u8).collect();
-        let by_column = transposed(&codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>(), width);
-        let words = bits::words(width, bits);
-        let mut packed = vec![u32::MAX; lanes * words];
-        let args = [to(&mut packed), of(&by_column), number(words), Arg::U32(bits), number(width), number(lanes)];
-        run("pack", (lanes, words), 32, &args);
-        prop_assert_eq!(packed, bits::pack_rows(&codes, width, bits));
     }
 
     /// Block by block, with what earlier columns feed to a block summed here.

@@ -8,7 +8,7 @@ use quantflow::calibration::{ContentId, Documents, Placed};
 use quantflow::error::Result;
 use quantflow::memory::Room;
 use quantflow::model::{Linear, SiteKind, Source};
-use quantflow::pipelines::quantize;
+use quantflow::pipelines::job;
 use quantflow::pipelines::statistics::{Change, Job, Summary, merge_artifacts, update};
 use quantflow::pipelines::verify::verify;
 use quantflow::report::{Observer, Silent};
@@ -170,11 +170,11 @@ fn an_experts_sums_are_those_of_the_definition() {
     }
 }
 
-fn solve(name: &str, artifact: &Path, output: &Path) -> quantize::Job {
-    quantize::Job {
+fn solve(name: &str, artifact: &Path, output: &Path) -> job::Job {
+    job::Job {
         statistics: Some(Arc::new(Artifact::open(artifact).unwrap())),
         workers: 2,
-        ..quantize::Job::new(model(name), output.to_owned(), recipe(name, 0.0))
+        ..job::Job::new(model(name), output.to_owned(), recipe(name, 0.0))
     }
 }
 
@@ -193,7 +193,7 @@ fn one_artifact_is_solved_by_any_number_of_workers_in_any_groups() {
             "{name}"
         );
         for (workers, tight) in [(1, false), (4, false), (2, true)] {
-            let mut again = quantize::Job {
+            let mut again = job::Job {
                 workers,
                 output: at(&format!("{workers}-{tight}")),
                 ..job.clone()

@@ -79,19 +79,3 @@ KERNEL softmax(void *out, float *scores, const float *sinks, unsigned rows, unsi
     else ((unsigned short *)out)[base + k] = narrow_f16(value);
   }
 }
-
-// values[r, c] = (codes[r, c] - zeros[r, g]) * scales[r, g]; a row's codes are packed in `words` words, as numerics/bits.rs says.
-KERNEL dequantize(void *values, const unsigned *packed, const float *scales, const unsigned char *zeros, unsigned columns,
-                  unsigned group, unsigned words, unsigned bits, int kind) {
-  unsigned column = thread_x(), row = blockIdx.y, groups = columns / group;
-  if (column >= columns) return;
-  const unsigned *word = packed + at(row, words, column * bits / 32);
-  unsigned from = column * bits % 32, code = *word >> from;
-  if (from + bits > 32) code |= word[1] << (32 - from);
-  code &= (1u << bits) - 1;
-  size_t i = at(row, columns, column), g = at(row, groups, column / group);
-  float value = (float)((int)code - (int)zeros[g]) * scales[g];
-  if (kind == KIND_F32) ((float *)values)[i] = value;
-  else if (kind == KIND_BF16) ((unsigned short *)values)[i] = narrow_bf16(value);
-  else ((unsigned short *)values)[i] = narrow_f16(value);
-}

@@ -167,18 +167,6 @@ KERNEL descend(double *state, const double *RESTRICT gradient, const double *RES
   }
 }
 
-// Codes [width, lanes] as words [lanes, words], one a thread: numerics/bits.rs says how.
-KERNEL pack(unsigned *packed, const double *codes, unsigned words, unsigned bits, unsigned width, unsigned lanes) {
-  unsigned lane = thread_x(), word = blockIdx.y, begin = 32 * word;
-  if (lane >= lanes) return;
-  unsigned value = 0;
-  for (unsigned c = begin / bits; c < width && c * bits < begin + 32; c++) {
-    unsigned code = (unsigned)codes[at(c, lanes, lane)], from = c * bits;
-    value |= from < begin ? code >> (begin - from) : code << (from - begin);
-  }
-  packed[at(lane, words, word)] = value;
-}
-
 // One Newton step of a group's scales, kept where it lowers the error once rounded.
 KERNEL refit(double *scale, const double *slope, const double *curvature, unsigned lanes, int kind) {
   unsigned lane = thread_x();
