@@ -183,11 +183,6 @@ pub(crate) fn pointer_at(storage: &CudaStorage, layout: &Layout) -> Result<Arg> 
     Ok(Arg::Pointer(address(storage, layout)?))
 }
 
-/// [`start`] of a part whose rows need not touch, as an argument.
-pub(crate) fn rows_at(storage: &CudaStorage, layout: &Layout) -> Result<Arg> {
-    Ok(Arg::Pointer(start(storage, layout)?))
-}
-
 /// The product of two matrices, or of two batches: f64 in f64, everything else summed in f32.
 pub(crate) fn product(
     lhs: (&CudaStorage, &Layout),

@@ -4,7 +4,6 @@
 
 use super::matrix::product;
 use super::panels::Panels;
-use super::row_stride;
 #[cfg(feature = "cuda")]
 use super::vector;
 use crate::error::{Error, Result};
@@ -198,7 +197,7 @@ impl Sums {
     }
 }
 
-/// `sums += count * round(product * scale of the row * scale of the column)`, for a part of the sums.
+/// `sums += count * round(product * scale of the row * scale of the column)`, for a panel of the sums.
 struct AddRounded<'a> {
     sums: &'a Sums,
     first_row: usize,
@@ -219,14 +218,16 @@ impl InplaceOp2 for AddRounded<'_> {
         l2: &Layout,
     ) -> candle_core::Result<()> {
         let scales = self.sums.exponents.scales();
-        let (CpuStorage::I64(sums), CpuStorage::F32(product), Some((begin, end))) =
-            (s1, s2, l2.contiguous_offsets())
-        else {
+        let (CpuStorage::I64(sums), CpuStorage::F32(product)) = (s1, s2) else {
             bail!("add_rounded takes i64 sums and an f32 product");
         };
-        let (stride, (_, columns)) = (row_stride(l1)?, l1.shape().dims2()?);
-        for (row, product) in product[begin..end].chunks_exact(columns).enumerate() {
-            let sums = &mut sums[l1.start_offset() + row * stride..][..columns];
+        let (Some(own), Some(added)) = (l1.contiguous_offsets(), l2.contiguous_offsets()) else {
+            bail!("add_rounded takes whole panels");
+        };
+        let columns = l1.dim(1)?;
+        let rows = sums[own.0..own.1].chunks_exact_mut(columns);
+        let products = product[added.0..added.1].chunks_exact(columns);
+        for (row, (sums, product)) in rows.zip(products).enumerate() {
             let channel = self.first_row + row;
             let scale = self.count.signum() as f64 * scales[channel];
             for _ in 0..self.count.unsigned_abs() {
@@ -248,12 +249,11 @@ impl InplaceOp2 for AddRounded<'_> {
         s2: &candle_core::CudaStorage,
         l2: &Layout,
     ) -> candle_core::Result<()> {
-        use super::cuda::{Arg, SUMS, Threads, launch, pointer, pointer_at, rows_at, u32_arg};
+        use super::cuda::{Arg, SUMS, Threads, launch, pointer, pointer_at, u32_arg};
         let (rows, columns) = l1.shape().dims2()?;
         let scales = |first: usize, count: usize| pointer(&self.sums.scales.narrow(0, first, count)?);
         let args = [
-            rows_at(s1, l1)?,
-            u32_arg(row_stride(l1)?)?,
+            pointer_at(s1, l1)?,
             pointer_at(s2, l2)?,
             scales(self.first_row, rows)?,
             scales(self.first_column, columns)?,

@@ -5,20 +5,20 @@
 #define BATCH_SUM_MAX 2251799813685248.0
 
 // sums[r, c] += count * round(product[r, c] * row_scales[r] * column_scales[c]); `bad` is a row that failed, from 1.
-KERNEL add_rounded(long long *sums, unsigned sums_stride, const float *product, const double *row_scales,
-                   const double *column_scales, unsigned columns, long long count, unsigned *bad) {
+KERNEL add_rounded(long long *sums, const float *product, const double *row_scales, const double *column_scales,
+                   unsigned columns, long long count, unsigned *bad) {
   unsigned column = thread_x(), row = blockIdx.y;
   if (column >= columns) return;
-  double value = (double)product[at(row, columns, column)] * (row_scales[row] * column_scales[column]);
+  size_t i = at(row, columns, column);
+  double value = (double)product[i] * (row_scales[row] * column_scales[column]);
   if (!(fabs(value) < BATCH_SUM_MAX)) {
     *bad = row + 1;
     return;
   }
-  long long *sum = sums + at(row, sums_stride, column);
   long long add = (long long)rint(value) * count;
-  long long next = (long long)((unsigned long long)*sum + (unsigned long long)add);
-  if (((*sum ^ next) & (add ^ next)) < 0) *bad = row + 1;
-  *sum = next;
+  long long next = (long long)((unsigned long long)sums[i] + (unsigned long long)add);
+  if (((sums[i] ^ next) & (add ^ next)) < 0) *bad = row + 1;
+  sums[i] = next;
 }
 
 // sums[c] += count * round(sum over t of x[t, c] * scales[c]), summed in f64 in the order of the tokens.
