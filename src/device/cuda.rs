@@ -146,7 +146,7 @@ pub(crate) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
 }
 
 /// As [`address`], whatever the strides.
-pub(super) fn start(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+fn start(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
     fn of<T>(slice: &CudaSlice<T>) -> u64 {
         let stream = slice.stream();
         slice.device_ptr(stream).0
