@@ -2,14 +2,16 @@
 //! ceiling, measured beside the rest.
 #![allow(missing_docs)] // criterion's macros define undocumented functions
 
+use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use quantflow::memory::Room;
+use quantflow::model::{Linear, Weight};
 use quantflow::numerics::attention::{AttentionShape, attention};
 use quantflow::numerics::elementwise::{silu_gate, softmax};
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
 use quantflow::numerics::gemm::{View, ViewMut, product};
 use quantflow::numerics::routing::{RoutingRule, Scoring, route};
-use quantflow::numerics::solver::{GptqOptions, gptq};
+use quantflow::numerics::solver::{GptqOptions, gptq, round_to_nearest};
 use quantflow::numerics::{Grid, ScaleDtype};
 use quantflow::statistics::{Accumulator, Exponents, Product, SiteStatistics};
 use std::hint::black_box;
@@ -195,9 +197,46 @@ fn routing(c: &mut Criterion) {
     group.finish();
 }
 
+/// A linear's products by how narrow its weight is held: what widening it costs, for a batch and for few tokens. A worker has one
+/// core, and candle, which multiplies whole weights, takes all there are: compare with RAYON_NUM_THREADS=1.
+fn linears(c: &mut Criterion) {
+    let width = 4096;
+    let whole = random(width * width);
+    let matrix = |values: &[f32], rows| Tensor::from_slice(values, (rows, width), &Device::Cpu).unwrap();
+    let halves = matrix(&whole, width).to_dtype(DType::BF16).unwrap();
+    let codes = |bits| {
+        let grid = Grid {
+            bits,
+            group_size: 128,
+            symmetric: true,
+            scale_dtype: ScaleDtype::Bf16,
+        };
+        Weight::Codes(Arc::new(round_to_nearest(&whole, width, grid).weight))
+    };
+    let weights = [
+        ("f32", Weight::Whole(matrix(&whole, width))),
+        ("bf16", Weight::Halves(halves)),
+        ("8 bits", codes(8)),
+        ("4 bits", codes(4)),
+        ("3 bits", codes(3)),
+    ];
+    for tokens in [8, TOKENS] {
+        let mut group = c.benchmark_group(format!("linear of {width}, {tokens} tokens"));
+        let x = matrix(&whole[..tokens * width], tokens);
+        for (name, weight) in &weights {
+            let linear = Linear {
+                weight: weight.clone(),
+                bias: None,
+            };
+            group.bench_function(*name, |b| b.iter(|| linear.forward(black_box(&x)).unwrap()));
+        }
+        group.finish();
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).measurement_time(std::time::Duration::from_secs(2));
-    targets = kernels, rooms, routing
+    targets = kernels, linears, rooms, routing
 }
 criterion_main!(benches);
