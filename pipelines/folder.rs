@@ -2,6 +2,7 @@
 
 use super::job::Job;
 use crate::error::{Error, IoContext, Result};
+use crate::ledger::LEDGER;
 use crate::storage;
 use std::path::Path;
 
@@ -46,7 +47,7 @@ pub(super) fn prepare(job: &Job) -> Result<()> {
     let output = &job.output;
     expect_own(job)?;
     // An unfinished run has begun its ledger.
-    let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).join("ledger").is_file();
+    let finished = output.join(PROVENANCE).is_file() && !output.join(WORK_FOLDER).join(LEDGER).is_file();
     if (finished || is_under_way(output)) && !job.fresh {
         return Err(Error::invalid(
             output.display().to_string(),

@@ -8,6 +8,8 @@ use bincode::{Decode, Encode, config};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
+/// Its name, in a run's work folder.
+pub const LEDGER: &str = "ledger";
 /// Before each record: its length, the length's complement (a damaged length would else look like a torn tail), its checksum.
 const FRAME_BYTES: usize = 4 + 4 + 8;
 /// Largest record: the rows of a block with thousands of experts stay far below.

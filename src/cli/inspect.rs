@@ -7,6 +7,7 @@ use crate::artifact::HEADER;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::formats::{Reader, quantization_config};
+use crate::ledger::{LEDGER, Ledger, Record};
 use crate::model::families;
 use crate::pipelines::folder::WORK_FOLDER;
 use crate::pipelines::verify::verify as check;
@@ -48,10 +49,10 @@ pub(super) fn run(arguments: &InspectArguments) -> Result<Outcome> {
     }
     let work = arguments.path.join(WORK_FOLDER);
     if work.is_dir() && !arguments.path.join("config.json").exists() {
-        let done = crate::ledger::Ledger::peek(&work.join("ledger"))?;
+        let done = Ledger::peek(&work.join(LEDGER))?;
         let blocks = done
             .iter()
-            .filter(|record| matches!(record, crate::ledger::Record::Block { .. }))
+            .filter(|record| matches!(record, Record::Block { .. }))
             .count();
         if arguments.json {
             print_json(&serde_json::json!({"kind": "unfinished run", "blocks_done": blocks}))?;

@@ -9,6 +9,7 @@ use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::operators::Halt;
 use crate::pipelines::allocate::{self, Allocation};
+use crate::pipelines::folder::REPORT;
 use crate::pipelines::job::{Job, Summary};
 use crate::pipelines::quantize::{collected, quantize};
 use crate::pipelines::resolve;
@@ -178,7 +179,7 @@ fn print_summary(job: &Job, s: &Summary) {
         println!(
             "  warnings     {} linears: see {}",
             s.fallbacks,
-            job.output.join("quantization_report.jsonl").display()
+            job.output.join(REPORT).display()
         );
     }
     println!("  output       {}", s.output.display());

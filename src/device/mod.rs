@@ -27,6 +27,11 @@ pub use placement::{DeviceChoice, Placement};
 
 use candle_core::{Result, Tensor, WithDType, bail};
 
+/// Parked tensors that are on their way to the host, and still on the device, at a time.
+pub(crate) const LEAVING: usize = 2;
+/// Parked tensors that come back before they are used: those of two batches, while the one before them is computed.
+pub(crate) const AHEAD: usize = 4;
+
 /// The values of a tensor, row-major. Of a part of a matrix on a device that part alone comes to the host: candle copies all of it.
 pub(crate) fn values<T: WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
     let flat = tensor.flatten_all()?;

@@ -5,11 +5,6 @@ use candle_core::{Device, Result, Tensor};
 #[cfg(feature = "cuda")]
 use {super::pinned, candle_core::DType, std::rc::Rc};
 
-/// Parked tensors that are on their way to the host, and still on the device, at a time.
-pub(crate) const LEAVING: usize = 2;
-/// Parked tensors that come back before they are used: those of two batches, while the one before them is computed.
-pub(crate) const AHEAD: usize = 4;
-
 /// Memory of the host for tensors that a device has no room for. The device copies them there and back itself, while it computes. On a CUDA
 /// device it is page-locked, and kept for the next.
 #[derive(Debug)]
@@ -116,9 +111,7 @@ impl Parking {
         }
         let traffic = match &self.traffic {
             Some(traffic) => traffic,
-            None => self
-                .traffic
-                .insert(Rc::new(pinned::Traffic::new(device, LEAVING, AHEAD)?)),
+            None => self.traffic.insert(Rc::new(pinned::Traffic::new(device)?)),
         };
         self.taken += bytes;
         pinned::HostBuffer::new(traffic, bytes).map(Some)

@@ -2,6 +2,7 @@
 //! no room for. Each way has a stream of its own, and events say what has to be there before what.
 
 use super::cuda::{address, alloc_beside};
+use super::{AHEAD, LEAVING};
 use crate::system::side_by_side;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
@@ -175,10 +176,6 @@ pub(crate) fn download<T: bytemuck::Pod>(
 #[derive(Debug)]
 pub(crate) struct Traffic {
     device: CudaDevice,
-    /// How many tensors may be on their way out.
-    most_leaving: usize,
-    /// How many may be on their way back.
-    most_coming: usize,
     out: Arc<CudaStream>,
     back: Arc<CudaStream>,
     /// What is on its way out, and when it will be there.
@@ -188,14 +185,12 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    pub(crate) fn new(device: &CudaDevice, most_leaving: usize, most_coming: usize) -> Result<Self> {
+    pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
         let stream = || device.cuda_stream().context().new_stream().w();
         Ok(Self {
             out: stream()?,
             back: stream()?,
             device: device.clone(),
-            most_leaving,
-            most_coming,
             leaving: RefCell::default(),
             landings: RefCell::default(),
         })
@@ -215,7 +210,7 @@ impl Traffic {
     /// in the device's own stream: what one stream frees, the driver does not find for another in time, and would take ever more.
     fn landing(&self, bytes: usize) -> Result<CudaSlice<u8>> {
         let mut landings = self.landings.borrow_mut();
-        if landings.len() == self.most_coming
+        if landings.len() == AHEAD
             && let Some((memory, taken)) = landings.pop_front()
         {
             taken.synchronize().w()?;
@@ -337,7 +332,7 @@ impl HostBuffer {
         }
         let there = self.note_use(stream)?;
         self.traffic.leaving.borrow_mut().push_back((tensor, there));
-        self.traffic.settle(self.traffic.most_leaving)
+        self.traffic.settle(LEAVING)
     }
 
     /// Asks for a copy of its first bytes on the device, values of `dtype`. What is asked of the device afterwards waits for it, what was asked

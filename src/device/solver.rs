@@ -21,9 +21,6 @@ use std::ops::Range;
 /// Columns of a block. kernels/solver.cu keeps a block of a lane in shared memory.
 const BLOCK: usize = 64;
 const _: () = assert!(PANEL_ROWS.is_multiple_of(BLOCK), "a block lies in one panel");
-/// Threads of a block's launches.
-#[cfg(feature = "cuda")]
-const BLOCK_THREADS: u32 = 64;
 /// Bytes of one matrix `[width, lanes]`; some of them are in memory at a time.
 const MATRIX_BYTES: usize = 256 << 20;
 /// Columns of a weight that are turned into lanes at a time.

@@ -195,13 +195,12 @@ impl Reader {
         match self.codes(name, tensor) {
             Some((format, linear)) => {
                 let shape = format.shape(linear, &self.config, tensor)?;
-                let CodedShape {
-                    rows,
-                    columns,
-                    bits,
-                    group_size,
-                } = shape;
-                Ok(QuantizedWeight::byte_len(rows, columns, bits, group_size))
+                Ok(QuantizedWeight::byte_len(
+                    shape.rows,
+                    shape.columns,
+                    shape.bits,
+                    shape.group_size,
+                ))
             }
             None => self.floats(name, tensor).map(|floats| floats.byte_len()),
         }

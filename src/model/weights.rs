@@ -278,9 +278,7 @@ impl Tower {
         let stored = self.checkpoint.get(&name).map(|view| view.dtype);
         Ok(match (self.reader_of(&name), stored) {
             (None, Some(Dtype::BF16 | Dtype::F16)) => elements * 2,
-            (Some(reader), _) if fused.is_none() => {
-                return reader.byte_len(&name, &|name| self.stored(name));
-            }
+            (Some(reader), _) if fused.is_none() => reader.byte_len(&name, &|name| self.stored(name))?,
             _ => elements * 4,
         })
     }

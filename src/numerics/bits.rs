@@ -81,16 +81,9 @@ pub(super) fn unpack_row(words: &[u32], bits: u32, codes: &mut [u8]) {
 /// Where no code crosses a word.
 #[inline(always)]
 fn unpack_whole<const BITS: u32>(words: &[u32], codes: &mut [u8]) {
-    let of = |word: u32, k: usize| (word >> (k as u32 * BITS)) as u8 & (u8::MAX >> (8 - BITS));
-    let mut whole = codes.chunks_exact_mut((32 / BITS) as usize);
-    for (codes, &word) in whole.by_ref().zip(words) {
+    for (codes, &word) in codes.chunks_mut((32 / BITS) as usize).zip(words) {
         for (k, code) in codes.iter_mut().enumerate() {
-            *code = of(word, k);
-        }
-    }
-    if let (codes, Some(&word)) = (whole.into_remainder(), words.last()) {
-        for (k, code) in codes.iter_mut().enumerate() {
-            *code = of(word, k);
+            *code = (word >> (k as u32 * BITS)) as u8 & (u8::MAX >> (8 - BITS));
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::budget::{Budget, Grant};
 use crate::calibration::{self, Batch, PROBE_TOKENS};
 use crate::checkpoint::OutputWriter;
 use crate::error::{Error, Result};
-use crate::ledger::{Ledger, Record};
+use crate::ledger::{LEDGER, Ledger, Record};
 use crate::memory::Room;
 use crate::model::{Rotary, SiteKind, Tower};
 use crate::numerics::speed::Speed;
@@ -66,7 +66,7 @@ impl Output {
     /// # Errors
     /// The unfinished run in that folder is another one.
     pub fn open(work: &Path, fingerprint: &str) -> Result<Self> {
-        let (ledger, records) = Ledger::open(&work.join("ledger"), fingerprint)?;
+        let (ledger, records) = Ledger::open(&work.join(LEDGER), fingerprint)?;
         Ok(Self {
             writer: None,
             ledger: Mutex::new(ledger),

@@ -1,10 +1,9 @@
 //! Predicted bytes of a run on a device: see [`crate::device`].
 
 use super::{Chunk, Fit, Graph, Load, Plan, PlannedLinear};
-use crate::device::Placement;
 use crate::device::attention::TILE_BYTES;
 use crate::device::panels::{PANEL_ROWS, elements};
-use crate::device::parking::{AHEAD, LEAVING};
+use crate::device::{AHEAD, LEAVING, Placement};
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
 use crate::numerics::panels::Shape;

@@ -4,7 +4,7 @@
 // As in numerics/scales.rs.
 #define SHRINKS 40
 #define SHRINK_MIN 0.35
-// As in solver.rs: columns of a block, threads of a launch that keeps a block's values in shared memory.
+// As in solver.rs and solver/steps.rs: columns of a block, threads of a launch that keeps a block's values in shared memory.
 #define BLOCK 64
 #define THREADS 64
 // Columns of a block whose values a thread has in registers.

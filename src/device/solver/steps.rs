@@ -1,13 +1,15 @@
 //! The solver's steps that are done lane by lane, each by its definition and by a kernel of kernels/solver.cu.
 
-#[cfg(feature = "cuda")]
-use super::BLOCK_THREADS;
 use super::Problem;
 use crate::device::doubles;
 use crate::device::matrix::matrix_mut;
 use crate::numerics::Grid;
 use crate::numerics::scales::{Scales, search};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+
+/// Threads of a block's launches.
+#[cfg(feature = "cuda")]
+const BLOCK_THREADS: u32 = 64;
 
 /// Reads `[groups, lanes]` scales and zero points at a column.
 struct Grids {
