@@ -2,10 +2,11 @@
 //
 // A stream is a queue. It does what it is asked either as early as its waits allow or as late as somebody needs it, so that a wait that is missing
 // shows: FIRST_STREAM=early|late says which the first stream is, the program's own; the others, on which it copies, are the other. Memory that is
-// freed, or not yet written, is 0xff: NaN in every float.
+// not yet written is 0xff: NaN in every float. A tensor ends where a page does that nobody may touch, and nobody may touch it when it is freed.
 
 #include "device.h"
 #include <algorithm>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <sys/mman.h>
+#include <unistd.h>
 
 Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -122,13 +125,33 @@ void copy(void *stream, void *to, const void *from, size_t bytes, const void *on
     });
 }
 
+// Pages for so many bytes, and one that nobody may touch. What begins in them begins so that it ends where that page begins, but for a double's
+// alignment.
+struct Pages {
+    size_t page = sysconf(_SC_PAGESIZE), before, all;
+    explicit Pages(size_t bytes) {
+        size_t used = (bytes + 7) / 8 * 8, pages = (used + page - 1) / page * page;
+        before = pages - used;
+        all = pages + page;
+    }
+};
+
 void free_now(uintptr_t place) {
     auto part = live.find(place);
     if (part == live.end()) stop("memory is freed twice");
-    memset(reinterpret_cast<void *>(place), 0xff, part->second);
+    Pages pages(part->second);
     pool_of[place]->used -= part->second;
     live.erase(part);
-    free(reinterpret_cast<void *>(place));
+    munmap(reinterpret_cast<void *>(place - pages.before), pages.all);
+}
+
+// The kernel that runs.
+const char *running = nullptr;
+
+void fault(int signal, siginfo_t *at, void *) {
+    const char *who = running ? running : "a copy, or the program,";
+    if (signal == SIGSEGV) stop("%s touches %p, where no tensor is", who, at->si_addr);
+    stop("%s does what C leaves undefined: an address that is not aligned, an overflow, a shift", who);
 }
 
 }  // namespace
@@ -142,7 +165,12 @@ void expect_live(const void *place, size_t bytes, const char *user) {
 
 extern "C" {
 
-int cuInit(unsigned) { return 0; }
+int cuInit(unsigned) {
+    struct sigaction action = {};
+    action.sa_sigaction = fault;
+    action.sa_flags = SA_SIGINFO;
+    return sigaction(SIGSEGV, &action, nullptr) | sigaction(SIGILL, &action, nullptr);
+}
 int cuDeviceGet(int *device, int) { return *device = 0; }
 int cuDeviceGetCount(int *count) { return *count = 1, 0; }
 int cuDeviceGetName(char *name, int length, int) { return snprintf(name, length, "host memory"), 0; }
@@ -198,10 +226,12 @@ int cuEventSynchronize(void *event) {
 
 int cuMemAllocFromPoolAsync(uintptr_t *place, size_t bytes, Pool *pool, void *) {
     std::lock_guard guard(mutex);
-    void *memory = malloc(bytes);
-    if (!memory) return 2;
-    memset(memory, 0xff, bytes);
-    *place = reinterpret_cast<uintptr_t>(memory);
+    Pages pages(bytes);
+    void *memory = mmap(nullptr, pages.all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return 2;
+    *place = reinterpret_cast<uintptr_t>(memory) + pages.before;
+    memset(reinterpret_cast<void *>(*place), 0xff, bytes);
+    mprotect(static_cast<char *>(memory) + pages.all - pages.page, pages.page, PROT_NONE);
     live[*place] = bytes;
     pool_of[*place] = pool;
     pool->used += bytes;
@@ -303,7 +333,9 @@ int cuLaunchKernel(const Kernel *kernel, unsigned columns, unsigned rows, unsign
         for (auto &value : values) places.push_back(value.data());
         gridDim = {columns, rows, 1};
         blockDim = {threads, 1, 1};
+        running = kernel->name;
         kernel->run(places.data());
+        running = nullptr;
     });
     return 0;
 }
