@@ -12,12 +12,14 @@ being named after shape, sizes and device. The tables:
   causal attention; XᵀX of each distinct input as a triangle; n³/3 a factor; rows x n² a solve; the weights of the blocks, once over the bus.
   Operators run beside one another; in a build for the CPU their seconds are CPU seconds of all workers.
 - programs: quantflow with --match-original 0, which is plain GPTQ, as the peers'; on a GPU again with the smallest --device-memory that it takes
-  (`least`); with the default recipe (`default`: the original is matched, two rounds of refinement). Seconds without the loading of Python modules,
-  with reading the checkpoint and writing the result; peak bytes by the program's own count, by nvidia-smi (every 0.1 s, less what was in use before;
-  the CUDA context counts), and resident on the host (ru_maxrss; mapped files count). Where a peer fails or is not there, the row has its error's last
-  line, and gptq_torch.py, which renders their common loop, runs besides.
+  (`least`), and with half of what nvidia-smi saw a peer take, of the peer that took less (`half`); with the default recipe (`default`: the original
+  is matched, two rounds of refinement). Seconds without the loading of Python modules, with reading the checkpoint and writing the result; peak bytes
+  by the program's own count, by nvidia-smi (every 0.1 s, less what was in use before; the CUDA context counts), and resident on the host (ru_maxrss;
+  mapped files count). Where a peer fails or is not there, the row has its error's last line, and gptq_torch.py, which renders their common loop, runs
+  besides.
 
-The target for an 8B shape: under 60 s, at least 5 times faster than either peer, at most half their device memory.
+The target for an 8B shape: under 60 s, at least 5 times faster than either peer, at most half their device memory. `half` is the run that all
+of it is held against.
 
 On a machine with nvcc and Rust, which need not have a GPU, build:
 
@@ -66,11 +68,16 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from make_shape import SHAPES, linears, shape_config
 
-OURS = ("quantflow", "least", "default")
+OURS = ("quantflow", "least", "half", "default")
 PEERS = ("GPTQModel", "llm-compressor")
 # What the target is held against first: a GPU may be lent for minutes.
-PARTS = ("ceilings", "quantflow", "least", *PEERS, "default", "rendering")
-TITLES = {"least": "quantflow, smallest --device-memory", "default": "quantflow, default recipe", "rendering": "gptq_torch.py (their loop in PyTorch)"}
+PARTS = ("ceilings", "quantflow", "least", *PEERS, "half", "default", "rendering")
+TITLES = {
+    "least": "quantflow, smallest --device-memory",
+    "half": "quantflow, half of a peer's device memory",
+    "default": "quantflow, default recipe",
+    "rendering": "gptq_torch.py (their loop in PyTorch)",
+}
 # The ceiling that an operator's products are held against: on a CPU, f32 instead of bf16.
 CEILINGS = {"forward": "bf16_tflops", "accumulate": "bf16_tflops", "factor": "f64_tflops", "solve": "f64_tflops"}
 
@@ -185,8 +192,11 @@ def warmed(run, a, *layers):
     return [result] if "error" in result else results
 
 
-def measure_quantflow(a, part):
-    """`least`: with the smallest --device-memory, which the refusal of a smaller one names."""
+def measure_quantflow(a, part, results):
+    """`least`: with the smallest --device-memory, which the refusal of a smaller one names. `half`: with half of what the peers took."""
+    taken = [results[peer].get("smi_bytes") for peer in PEERS if "error" not in results.get(peer, dict(error=""))]
+    if part == "half" and not any(taken):
+        return dict(error="no peer's device memory is known")
 
     def run(model, output):
         command = [a.quantflow, "quantize", model, "-o", output, "--calibration-tokens", model / "calibration.npy"]
@@ -199,6 +209,8 @@ def measure_quantflow(a, part):
             if not named:
                 return dict(error=f"no smallest --device-memory was named: {refusal[-200:]}")
             command += ["--device-memory", named[1]]
+        if part == "half":
+            command += ["--device-memory", min(filter(None, taken)) // 2]
         return child(command, a)
 
     return warmed(run, a, a.layers)[-1]
@@ -318,10 +330,10 @@ def report(results, config, a):
     return "\n\n".join(tables) + "\n"
 
 
-def measure(part, a):
+def measure(part, a, results):
     if part == "ceilings":
         return child([sys.executable, HERE / "ceilings.py", "--device", a.device], a)
-    return measure_quantflow(a, part) if part in OURS else measure_peer(a, part)
+    return measure_quantflow(a, part, results) if part in OURS else measure_peer(a, part)
 
 
 def main():
@@ -347,11 +359,11 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     kept = a.folder / f"{a.shape}-{a.layers}-{a.sequences}x{a.length}{'-tiny' * a.tiny}-{a.device}.json"
     results = json.loads(kept.read_text()) if a.parts and kept.exists() else {}
-    for part in a.parts or [part for part in PARTS if part != "least" or a.device == "cuda"]:
+    for part in a.parts or [part for part in PARTS if part not in ("least", "half") or a.device == "cuda"]:
         peers_ran = all("error" not in results[peer] for peer in PEERS if peer in results)
         if part == "rendering" and not a.parts and peers_ran:
             continue
-        results[part] = measure(part, a)
+        results[part] = measure(part, a, results)
         kept.write_text(json.dumps(results, indent=1))
         print(f"{part}: {results[part].get('error', 'done')}", file=sys.stderr, flush=True)
     text = report(results, config, a)
