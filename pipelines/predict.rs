@@ -80,7 +80,7 @@ pub fn losses(
     shared.begin("predict", 0);
     let gathered = Gathered::default();
     let (artifact, asked, for_workers) = (Arc::clone(artifact), widths.to_vec(), Arc::clone(&gathered));
-    run::with_locals(job.workers, &shared, move |worker, local| {
+    run::with_locals(&shared, move |worker, local| {
         build(worker, local, &artifact, &asked, Arc::clone(&for_workers));
     })?;
     let gathered = gathered.lock().map(|mut chunks| std::mem::take(&mut *chunks));

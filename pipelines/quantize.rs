@@ -240,11 +240,9 @@ fn drive(job: &Job, shared: &Arc<Shared>) -> Result<()> {
         .clone()
         .unwrap_or_else(|| (0..shared.batches.len()).collect());
     let (method, statistics) = (job.recipe.method, job.statistics.clone());
-    workers::with_locals(shared.fit.load.workers, shared, move |worker, local| {
-        match (method, &statistics) {
-            (Method::Rtn, _) => data_free::run(worker, local),
-            (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),
-            (Method::Gptq, None) => sequential::build(worker, local, &order),
-        }
+    workers::with_locals(shared, move |worker, local| match (method, &statistics) {
+        (Method::Rtn, _) => data_free::run(worker, local),
+        (Method::Gptq, Some(artifact)) => solve::run(worker, local, artifact),
+        (Method::Gptq, None) => sequential::build(worker, local, &order),
     })
 }

@@ -70,11 +70,12 @@ where
     }
 }
 
-/// As [`on_workers`], each worker with its [`Local`] and its share of the resident activations.
-pub fn with_locals<B>(workers: usize, shared: &Arc<Shared>, build: B) -> Result<()>
+/// As [`on_workers`], on those that the plan counts with, each with its [`Local`] and its share of the resident activations.
+pub fn with_locals<B>(shared: &Arc<Shared>, build: B) -> Result<()>
 where
     B: Fn(&mut Worker, &Rc<Local>) + Send + Sync + 'static,
 {
+    let workers = shared.fit.load.workers;
     storage::create_folder(&shared.scratch)?;
     let budget = &shared.budget;
     let _taken = (

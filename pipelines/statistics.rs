@@ -220,7 +220,7 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     if resumed_blocks < shared.plan.blocks() && !shared.batches.is_empty() {
         shared.begin("statistics", shared.plan.block_steps(resumed_blocks).start);
         let (base, folder) = (Arc::new(artifact.clone()), work.clone());
-        run::with_locals(load.workers, &shared, move |worker, local| {
+        run::with_locals(&shared, move |worker, local| {
             build(worker, local, &base, &folder);
         })?;
     }

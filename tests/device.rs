@@ -10,14 +10,16 @@ use crate::reference;
 use crate::watch::Watch;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
+use quantflow::device::codes::dequantize;
 use quantflow::device::{DeviceChoice, Placement, attention, factor, solver, sums};
 use quantflow::error::Error;
 use quantflow::memory::Room;
+use quantflow::model::ops;
 use quantflow::numerics::attention::{AttentionShape, attention as attention_kernel};
 use quantflow::numerics::factor::{ColumnOrder, Factor, Factoring, shift};
 use quantflow::numerics::predict::predicted_loss;
 use quantflow::numerics::solver::{GptqOptions, SolvedRows, gptq, output_error, round_to_nearest};
-use quantflow::numerics::{Grid, ScaleDtype};
+use quantflow::numerics::{Grid, QuantizedWeight, ScaleDtype, bits};
 use quantflow::pipelines::job::Job;
 use quantflow::pipelines::quantize::quantize;
 use quantflow::pipelines::verify::verify;
@@ -94,6 +96,44 @@ fn sums_are_those_of_the_cpu_and_are_taken_away_again() {
             sums.add(&x, Some(&matched), -3).unwrap();
             sums.add_held_out(&y, -2).unwrap();
             assert_sums(&sums.to_statistics(&Room::Memory).unwrap(), &zeros);
+        }
+    }
+}
+
+/// More than one side of a grid has.
+#[test]
+fn rows_may_be_many() {
+    let (rows, columns) = (70_000, 32);
+    let grid = Grid {
+        bits: 4,
+        group_size: columns,
+        symmetric: false,
+        scale_dtype: ScaleDtype::F32,
+    };
+    let of_row = |factor: usize| (0..rows).map(move |row| row * factor % 13);
+    let weight = QuantizedWeight {
+        grid,
+        rows,
+        columns,
+        codes: (0..rows * bits::words(columns, 4))
+            .map(|i| i as u32 * 2_654_435_761)
+            .collect(),
+        scales: of_row(5).map(|scale| scale as f32 + 1.0).collect(),
+        zeros: of_row(3).map(|zero| zero as u8).collect(),
+    };
+    let expected = weight.dequantize();
+    for Placement { device, .. } in placements() {
+        let values = dequantize(&weight, DType::F32, &device).unwrap();
+        assert!(values.flatten_all().unwrap().to_vec1::<f32>().unwrap() == expected);
+        // Added to twice as many rows, to every other one.
+        let sum = Tensor::zeros((2 * rows, columns), DType::F32, &device).unwrap();
+        let tokens = Tensor::arange_step(0u32, 2 * rows as u32, 2, &device).unwrap();
+        let gates = Tensor::full(-0.5f32, rows, &device).unwrap();
+        ops::add_gated_rows(&sum, &values, &tokens, &gates).unwrap();
+        let sum = sum.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (two, row) in sum.chunks(2 * columns).zip(expected.chunks(columns)) {
+            let added: Vec<f32> = row.iter().map(|value| -0.5 * value).collect();
+            assert!(two[..columns] == added && two[columns..] == vec![0.0; columns]);
         }
     }
 }

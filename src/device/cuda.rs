@@ -90,6 +90,11 @@ impl Threads {
         }
     }
 
+    /// A block of threads a row, of any number of rows.
+    pub(crate) fn by_row(rows: usize) -> Self {
+        Self::over(rows * THREADS as usize, 1)
+    }
+
     fn config(self) -> Result<LaunchConfig> {
         let blocks = u32::try_from(self.columns.div_ceil(self.block as usize)).ok();
         // The second side of a grid has 16 bits.
