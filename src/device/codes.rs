@@ -174,6 +174,12 @@ impl InplaceOp1 for Dequantize<'_> {
             Arg::U32(self.0.grid.bits),
             kind(storage.dtype())?,
         ];
-        launch(&storage.device, CODES, "dequantize", Threads::by_row(rows), &args)
+        launch(
+            &storage.device,
+            CODES,
+            "dequantize",
+            Threads::by_row(columns, rows),
+            &args,
+        )
     }
 }

@@ -90,9 +90,10 @@ impl Threads {
         }
     }
 
-    /// A block of threads a row, of any number of rows.
-    pub(crate) fn by_row(rows: usize) -> Self {
-        Self::over(rows * THREADS as usize, 1)
+    /// As [`Self::over`] for any number of rows, which are the grid's first side: `thread_y` in kernel.h is a thread's column.
+    pub(crate) fn by_row(columns: usize, rows: usize) -> Self {
+        let block = THREADS as usize;
+        Self::over(rows * block, columns.div_ceil(block))
     }
 
     fn config(self) -> Result<LaunchConfig> {

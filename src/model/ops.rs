@@ -131,7 +131,7 @@ impl InplaceOp2 for AddGatedRows<'_> {
             &s1.device,
             cuda::FORWARD,
             "add_gated_rows",
-            Threads::by_row(rows),
+            Threads::by_row(width, rows),
             &args,
         )
     }

@@ -35,7 +35,7 @@ proptest! {
                 to(&mut out), of(&weight.codes), of(&weight.scales), of(&weight.zeros), number(columns), number(group_size),
                 number(bits::words(columns, bits)), Arg::U32(bits), Arg::I32(kind),
             ];
-            run("dequantize", (rows * 32, 1), 32, &args);
+            run("dequantize", (rows * 32, columns / 32), 32, &args);
             let expected: Vec<f32> = weight.dequantize().into_iter().map(round).collect();
             prop_assert_eq!(widened(kind, &out, rows * columns), expected);
         }

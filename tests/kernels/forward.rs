@@ -44,7 +44,7 @@ fn rows_are_added_where_they_belong() {
     let mut out = vec![1f32; 5 * width];
     run(
         "add_gated_rows",
-        (3 * 32, 1),
+        (3 * 32, width.div_ceil(32)),
         32,
         &[to(&mut out), of(&rows), of(&tokens), of(&gates), number(width)],
     );

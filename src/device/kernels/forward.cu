@@ -21,11 +21,11 @@ KERNEL gated(float *gate, const float *up, size_t count, int activation, float a
   }
 }
 
-// out[tokens[i]] += gates[i] * rows[i], a block of threads a row; no token comes twice.
+// out[tokens[i]] += gates[i] * rows[i]; no token comes twice.
 KERNEL add_gated_rows(float *out, const float *rows, const unsigned *tokens, const float *gates, unsigned width) {
-  unsigned row = blockIdx.x;
-  for (unsigned column = threadIdx.x; column < width; column += blockDim.x)
-    out[at(tokens[row], width, column)] += gates[row] * rows[at(row, width, column)];
+  unsigned row = blockIdx.x, column = thread_y();
+  if (column >= width) return;
+  out[at(tokens[row], width, column)] += gates[row] * rows[at(row, width, column)];
 }
 
 // The largest of the threads' values, or their sum, to all of them.

@@ -23,6 +23,9 @@ HELPER size_t at(size_t row, size_t columns, size_t column) { return row * colum
 
 HELPER unsigned thread_x(void) { return blockIdx.x * blockDim.x + threadIdx.x; }
 
+// The column of a thread whose row is blockIdx.x: a grid's other side, which counts rows elsewhere, has 16 bits.
+HELPER unsigned thread_y(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
+
 // The significand of a positive, normal double, rounded to `bits` explicit bits, to nearest even.
 HELPER double round_significand(double value, int bits) {
   union { double value; unsigned long long bits; } word;
