@@ -188,6 +188,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let after = header_after(&artifact, &groups, &batches)?;
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     tower.expect_length(length)?;
+    // What is added to damaged sums would have a name that vouches for them.
+    artifact.verify()?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
     let load = Load {
         graph: Graph::Statistics {
@@ -306,6 +308,7 @@ pub fn merge_artifacts(parts: &[PathBuf], folder: &Path, fresh: bool) -> Result<
             });
         }
     }
+    parts.iter().try_for_each(Artifact::verify)?;
     prepare_new(folder, fresh)?;
     // Until it is whole, the folder is known as ours.
     let work = folder.join(WORK_FOLDER);

@@ -20,6 +20,7 @@ use crate::model::SiteKind;
 use crate::statistics::{Exponents, Product, SiteStatistics};
 use crate::storage;
 use bytemuck::allocation::pod_collect_to_vec;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -221,8 +222,8 @@ impl Artifact {
                 "make an artifact with: quantflow statistics collect MODEL -o DIR --calibration TEXT",
             ));
         }
-        let header: Header =
-            serde_json::from_value(read_json(&path)?).map_err(|error| damaged(&path, &error.to_string()))?;
+        let header: Header = serde_json::from_value(read_json(&path).map_err(as_damaged)?)
+            .map_err(|error| damaged(&path, &error.to_string()))?;
         if header.version != VERSION {
             return Err(Error::invalid(
                 path.display().to_string(),
@@ -296,16 +297,17 @@ impl Artifact {
     /// # Errors
     /// One has not.
     pub fn verify(&self) -> Result<()> {
-        for (block, file) in self.header.blocks.iter().enumerate() {
+        let check = |(block, file): (usize, &String)| {
             let path = self.folder.join(file);
             let mut hash = Sha256::new();
             let mut content = std::fs::File::open(&path).context("read", &path)?;
             std::io::copy(&mut content, &mut hash).context("read", &path)?;
-            if *file != file_name(block, &hash.finalize()) {
-                return Err(damaged(&path, "does not have the content that its name promises"));
+            match *file == file_name(block, &hash.finalize()) {
+                true => Ok(()),
+                false => Err(damaged(&path, "does not have the content that its name promises")),
             }
-        }
-        Ok(())
+        };
+        self.header.blocks.par_iter().enumerate().try_for_each(check)
     }
 
     /// The sites of a block, in the order in which its file has them, with their widths.
@@ -343,7 +345,7 @@ impl Artifact {
             )
         })?;
         let path = self.folder.join(file);
-        let tensors = Checkpoint::open_file(&path)?;
+        let tensors = Checkpoint::open_file(&path).map_err(as_damaged)?;
         Ok((path, tensors))
     }
 
@@ -400,7 +402,7 @@ fn site_of(name: &str) -> Option<SiteKind> {
 }
 
 fn bytes<'a>(path: &Path, tensors: &'a Checkpoint, name: &str, dtype: Dtype) -> Result<&'a [u8]> {
-    let tensor = tensors.tensor(name)?;
+    let tensor = tensors.tensor(name).map_err(as_damaged)?;
     match tensor.dtype == dtype {
         true => Ok(tensor.bytes),
         false => Err(damaged(path, &format!("{name} is {:?}", tensor.dtype))),
@@ -417,10 +419,17 @@ fn panel_name(site: SiteKind, product: Product, first_row: usize) -> String {
     tensor_name(site, &format!("{product:?}.{first_row}"))
 }
 
+/// The way out of files that do not hold what they should.
+pub const DAMAGED: &str = "the artifact is damaged: collect the statistics anew";
+
 fn damaged(path: &Path, problem: &str) -> Error {
-    Error::invalid(
-        path.display().to_string(),
-        problem,
-        "the artifact is damaged: collect the statistics anew",
-    )
+    Error::invalid(path.display().to_string(), problem, DAMAGED)
+}
+
+/// What is wrong with a file that, unlike a checkpoint's, nobody can download again.
+fn as_damaged(error: Error) -> Error {
+    match error {
+        Error::Invalid { subject, problem, .. } => Error::invalid(subject, problem, DAMAGED),
+        other => other,
+    }
 }

@@ -601,29 +601,22 @@ fn grid(
             let divisors: Vec<usize> = (16..=columns)
                 .filter(|d| d % 16 == 0 && columns.is_multiple_of(*d))
                 .collect();
-            match divisors
-                .iter()
-                .rev()
-                .find(|d| **d <= wanted)
-                .filter(|_| recipe.group_fallback)
-            {
-                Some(&used) => (
+            match divisors.iter().rev().find(|d| **d <= wanted) {
+                Some(&used) if recipe.group_fallback => (
                     used,
                     Some(format!("group_size {used}: {wanted} does not divide {columns}")),
                 ),
-                None => {
-                    let fitting: Vec<_> = divisors
-                        .iter()
-                        .filter(|d| **d <= 512)
-                        .map(ToString::to_string)
-                        .collect();
+                smaller => {
+                    let fitting = divisors.iter().filter(|d| **d <= 512).map(ToString::to_string);
+                    let fitting: Vec<_> = fitting.chain(["0 (one scale a row)".into()]).collect();
+                    let or = match smaller {
+                        Some(_) => "; or --group-fallback to use the largest divisor for such linears",
+                        None => "",
+                    };
                     return Err(Error::usage(
                         "--group-size",
                         format!("{wanted} does not divide the {columns} input features of {name}"),
-                        format!(
-                            "use one of {}, 0 for one scale a row, or --group-fallback to use the largest divisor for such linears",
-                            fitting.join(", ")
-                        ),
+                        format!("sizes that do: {}{or}", fitting.join(", ")),
                     ));
                 }
             }

@@ -130,6 +130,37 @@ fn sums_are_the_same_to_the_byte_however_they_came_about() {
     assert_eq!(rest.digest, only_a.digest);
 }
 
+/// A bit that the disk has lost: the names of what is made of it would vouch for it.
+#[test]
+fn sums_that_are_damaged_are_not_built_upon() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (a, b) = (
+        rows(folder.path(), "a.jsonl", 0..16),
+        rows(folder.path(), "b.jsonl", 16..32),
+    );
+    run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
+    run(&job(Change::Collect, &at("other"), &[&b])).unwrap();
+    let block = at("s").join(&Artifact::open(&at("s")).unwrap().header.blocks[1]);
+    let mut bytes = std::fs::read(&block).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    storage::write_whole(&block, &bytes).unwrap();
+    let before = all(&at("s"));
+    let added = run(&job(Change::Add, &at("s"), &[&b])).map(|_| ());
+    let taken = run(&job(Change::Retract, &at("s"), &[&a])).map(|_| ());
+    let merged = merge_artifacts(&[at("other"), at("s")], &at("merged"), false).map(|_| ());
+    for outcome in [added, taken, merged] {
+        let error = outcome.unwrap_err();
+        assert!(
+            error.to_string().contains(&block.display().to_string()),
+            "{error}"
+        );
+        assert!(error.hint().is_some_and(|hint| hint.contains("anew")), "{error}");
+    }
+    assert_eq!(all(&at("s")), before);
+    assert!(!at("merged").exists());
+}
+
 #[test]
 fn what_does_not_add_up_is_an_error_and_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();

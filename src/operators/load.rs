@@ -3,7 +3,7 @@
 use super::experts::Reached;
 use super::local::Local;
 use super::records::{Go, Merged, Summed};
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, DAMAGED};
 use crate::device::sums::Sums;
 use crate::error::{Error, Result};
 use crate::model::SiteKind;
@@ -72,7 +72,7 @@ fn read(local: &Local, artifact: &Artifact, step: u64, site: SiteKind) -> Result
                 "has {} channels at block {block}, input of {site:?}; the model has another number",
                 sums.width()
             ),
-            "the artifact is damaged: collect the statistics anew",
+            DAMAGED,
         )),
     }
 }
