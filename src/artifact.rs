@@ -27,6 +27,9 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+/// The way out of files that do not hold what they should.
+pub const DAMAGED: &str = "the artifact is damaged: collect the statistics anew";
+
 /// Name of the header.
 pub const HEADER: &str = "statistics.json";
 /// Version of the layout.
@@ -418,9 +421,6 @@ fn tokens(path: &Path, tensors: &Checkpoint, site: SiteKind) -> Result<u64> {
 fn panel_name(site: SiteKind, product: Product, first_row: usize) -> String {
     tensor_name(site, &format!("{product:?}.{first_row}"))
 }
-
-/// The way out of files that do not hold what they should.
-pub const DAMAGED: &str = "the artifact is damaged: collect the statistics anew";
 
 fn damaged(path: &Path, problem: &str) -> Error {
     Error::invalid(path.display().to_string(), problem, DAMAGED)
