@@ -13,7 +13,6 @@ use crate::report::{self, Row};
 use crate::storage;
 use crate::system;
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 /// What a finished run tells beside its tensors.
@@ -77,7 +76,9 @@ pub(super) fn finish(
     for (name, content) in plan.format.side_files(&layouts) {
         storage::write_json(&folder.join(name), &content)?;
     }
-    copy_side_files(&tower, folder)?;
+    for name in side_files(&tower)? {
+        storage::copy_whole(&tower.checkpoint.folder().join(&name), &folder.join(&name))?;
+    }
     storage::write_whole(&folder.join(REPORT), report::to_json_lines(&rows)?.as_bytes())?;
     let mut summary = Summary {
         output: folder.clone(),
@@ -148,17 +149,19 @@ fn rows(output: &Output) -> Vec<Row> {
     blocks.into_iter().flat_map(|(_, rows)| rows).collect()
 }
 
-fn copy_side_files(tower: &Tower, folder: &Path) -> Result<()> {
-    let source = &tower.checkpoint;
-    for name in source.side_files()? {
+/// Files of a source that an output has, too: tokenizer, processor, chat template, ….
+///
+/// # Errors
+/// The folder cannot be listed.
+pub(super) fn side_files(source: &Tower) -> Result<Vec<String>> {
+    let mut names = source.checkpoint.side_files()?;
+    names.retain(|name| {
         let replaced = ["config.json", "quantize_config.json", PROVENANCE];
         // llm-compressor's record of how the source was quantized would not be true of the output.
-        let untrue = tower.reader().is_some() && name == "recipe.yaml";
-        if !replaced.contains(&name.as_str()) && !untrue {
-            storage::copy_whole(&source.folder().join(&name), &folder.join(&name))?;
-        }
-    }
-    Ok(())
+        let untrue = source.reader().is_some() && name == "recipe.yaml";
+        !replaced.contains(&name.as_str()) && !untrue
+    });
+    Ok(names)
 }
 
 /// Takes the source's quantization out of a `config.json`.

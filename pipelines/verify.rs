@@ -1,8 +1,9 @@
 //! Reads an output back and holds it against its source; needs no dataflow.
 
+use super::finish::side_files;
 use super::folder::PROVENANCE;
 use crate::checkpoint::{TensorView, digest, read_json};
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::model::{Coded, Tower};
 use crate::numerics::Grid;
 use candle_core::Device;
@@ -20,6 +21,8 @@ pub struct Verification {
     pub quantized: usize,
     /// Weights that the source has quantized, written as their values.
     pub dequantized: usize,
+    /// Files beside the weights (tokenizer, processor, chat template, …) that are there, but are not the source's any more.
+    pub changed_files: Vec<String>,
     /// SHA-256 over the tensors' bytes in name order.
     pub output_digest: String,
     /// Everything that does not hold.
@@ -27,7 +30,8 @@ pub struct Verification {
 }
 
 /// Checks that every tensor of the source and of the output is accounted for: copied byte for byte, quantized, or dequantized where the source has
-/// it quantized and the recipe leaves it alone; that codes unpack, linears that serving stacks fuse share a grid, and the digest is the recorded one.
+/// it quantized and the recipe leaves it alone; that codes unpack, linears that serving stacks fuse share a grid, no file beside the weights is missing, and
+/// the digest is the recorded one.
 ///
 /// # Errors
 /// A directory that cannot be read at all.
@@ -39,6 +43,7 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
         copied: 0,
         quantized: 0,
         dequantized: 0,
+        changed_files: Vec::new(),
         output_digest: String::new(),
         problems: Vec::new(),
     };
@@ -77,6 +82,15 @@ pub fn verify(output: &Path, source: &Path) -> Result<Verification> {
     found
         .problems
         .extend(strange.map(|name| format!("{name} is in no source, and not of a linear's codes")));
+    for name in side_files(&original)? {
+        let [ours, theirs] = [output, source].map(|folder| folder.join(&name));
+        let read = |path: &Path| std::fs::read(path).context("read", path);
+        match ours.is_file() {
+            false => found.problems.push(format!("{name} is missing")),
+            true if read(&ours)? != read(&theirs)? => found.changed_files.push(name),
+            true => {}
+        }
+    }
     let names: Vec<&str> = checkpoint.names().collect();
     found.output_digest = digest(&names, |name, hash| {
         hash.update(checkpoint.tensor(name)?.bytes);

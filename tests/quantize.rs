@@ -302,18 +302,22 @@ fn what_verify_is_for_is_found() {
         ..job(&output)
     })
     .unwrap();
+    let found = || verify(&output, &fixture().join("model")).unwrap();
+    assert!(found().problems.is_empty() && found().changed_files.is_empty());
+
+    // Who changes a file beside the weights may mean it; who loses one does not.
+    storage::write_whole(&output.join("chat_template.json"), b"{}").unwrap();
+    assert_eq!(found().changed_files, ["chat_template.json"]);
+    assert!(found().problems.is_empty());
+    storage::remove(&output.join("tokenizer.json")).unwrap();
+    assert_eq!(found().problems, ["tokenizer.json is missing"]);
+
     let file = output.join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 0x40;
-    #[allow(clippy::disallowed_methods)] // damage is the point
-    std::fs::write(&file, bytes).unwrap();
-    assert!(
-        !verify(&output, &fixture().join("model"))
-            .unwrap()
-            .problems
-            .is_empty()
-    );
+    storage::write_whole(&file, &bytes).unwrap();
+    assert!(found().problems.len() > 1);
 }
 
 #[test]

@@ -27,6 +27,9 @@ pub(super) fn verify(arguments: &VerifyArguments) -> Result<Outcome> {
                 report.dequantized
             );
         }
+        for name in &report.changed_files {
+            println!("{name} is not the source's: somebody has changed it");
+        }
         println!("output digest {}", report.output_digest);
         report
             .problems
