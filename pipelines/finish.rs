@@ -1,11 +1,10 @@
 //! The end of a run: everything gets its final name, `config.json` last, and what was done is told.
 
-use super::folder::{PROVENANCE, REPORT};
+use super::folder::{PROVENANCE, REPORT, side_files};
 use super::job::{Job, Summary};
 use crate::error::{Error, Result};
 use crate::formats::{CONFIG_KEYS, Reader};
 use crate::ledger::Record;
-use crate::model::Tower;
 use crate::operators::Shared;
 use crate::operators::kept::Solved;
 use crate::operators::local::Output;
@@ -147,21 +146,6 @@ fn rows(output: &Output) -> Vec<Row> {
         .collect();
     blocks.sort_by_key(|(block, _)| *block);
     blocks.into_iter().flat_map(|(_, rows)| rows).collect()
-}
-
-/// Files of a source that an output has, too: tokenizer, processor, chat template, ….
-///
-/// # Errors
-/// The folder cannot be listed.
-pub(super) fn side_files(source: &Tower) -> Result<Vec<String>> {
-    let mut names = source.checkpoint.side_files()?;
-    names.retain(|name| {
-        let replaced = ["config.json", "quantize_config.json", PROVENANCE];
-        // llm-compressor's record of how the source was quantized would not be true of the output.
-        let untrue = source.reader().is_some() && name == "recipe.yaml";
-        !replaced.contains(&name.as_str()) && !untrue
-    });
-    Ok(names)
 }
 
 /// Takes the source's quantization out of a `config.json`.

@@ -3,6 +3,7 @@
 use super::job::Job;
 use crate::error::{Error, IoContext, Result};
 use crate::ledger::LEDGER;
+use crate::model::Tower;
 use crate::storage;
 use std::path::Path;
 
@@ -67,4 +68,19 @@ pub(super) fn prepare(job: &Job) -> Result<()> {
 fn is_under_way(output: &Path) -> bool {
     let work = output.join(WORK_FOLDER);
     work.join(NEXT).exists() || work.join(REPLACE).exists()
+}
+
+/// Files of a source that an output has, too: tokenizer, processor, chat template, ….
+///
+/// # Errors
+/// The folder cannot be listed.
+pub(super) fn side_files(source: &Tower) -> Result<Vec<String>> {
+    let mut names = source.checkpoint.side_files()?;
+    names.retain(|name| {
+        let replaced = ["config.json", "quantize_config.json", PROVENANCE];
+        // llm-compressor's record of how the source was quantized would not be true of the output.
+        let untrue = source.reader().is_some() && name == "recipe.yaml";
+        !replaced.contains(&name.as_str()) && !untrue
+    });
+    Ok(names)
 }

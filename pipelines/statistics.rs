@@ -188,8 +188,6 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     let after = header_after(&artifact, &groups, &batches)?;
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     tower.expect_length(length)?;
-    // What is added to damaged sums would have a name that vouches for them.
-    artifact.verify()?;
     let tokens: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
     let load = Load {
         graph: Graph::Statistics {
@@ -203,6 +201,8 @@ pub fn update(job: &Job, observer: &Arc<dyn Observer>, halt: &Arc<Halt>) -> Resu
     plan.arrange(&load, job.memory, job.device_memory, &job.placement);
     let fit = plan.fit(&load, job.memory, system::available_host_bytes())?;
     let fit = plan.fit_device(fit, job.device_memory, &job.placement)?;
+    // What is made of damaged sums would have a name that vouches for them. All of them are read: after what is refused at once.
+    artifact.verify()?;
     let planned = (fit.peak_host_bytes, fit.peak_device_bytes);
     let work = job.folder.join(WORK_FOLDER);
     if job.fresh {

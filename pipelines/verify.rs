@@ -1,7 +1,6 @@
 //! Reads an output back and holds it against its source; needs no dataflow.
 
-use super::finish::side_files;
-use super::folder::PROVENANCE;
+use super::folder::{PROVENANCE, side_files};
 use crate::checkpoint::{TensorView, digest, read_json};
 use crate::error::{IoContext, Result};
 use crate::model::{Coded, Tower};

@@ -30,13 +30,18 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// Rows of the calibration text as a file of their own.
-pub(crate) fn rows(folder: &Path, name: &str, rows: std::ops::Range<usize>) -> PathBuf {
+fn rows(folder: &Path, name: &str, rows: std::ops::Range<usize>) -> PathBuf {
     let text = std::fs::read_to_string(fixture("data/text_calib.jsonl")).unwrap();
     let lines: Vec<&str> = text.lines().skip(rows.start).take(rows.len()).collect();
     assert_eq!(lines.len(), rows.len());
     let path = folder.join(name);
     storage::write_whole(&path, (lines.join("\n") + "\n").as_bytes()).unwrap();
     path
+}
+
+/// Rows before `at`, and those from there to `end`, as two files.
+pub(crate) fn two_files(folder: &Path, at: usize, end: usize) -> (PathBuf, PathBuf) {
+    (rows(folder, "a.jsonl", 0..at), rows(folder, "b.jsonl", at..end))
 }
 
 fn read(files: &[&Path]) -> Documents {
@@ -91,10 +96,7 @@ fn all(folder: &Path) -> (BTreeMap<String, Vec<u8>>, Vec<u8>) {
 fn sums_are_the_same_to_the_byte_however_they_came_about() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..20),
-        rows(folder.path(), "b.jsonl", 20..50),
-    );
+    let (a, b) = two_files(folder.path(), 20, 50);
     let only_b = run(&job(Change::Collect, &at("b"), &[&b])).unwrap();
     let only_a = run(&job(Change::Collect, &at("a"), &[&a])).unwrap();
     assert_ne!(only_a.digest, only_b.digest);
@@ -135,10 +137,7 @@ fn sums_are_the_same_to_the_byte_however_they_came_about() {
 fn sums_that_are_damaged_are_not_built_upon() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..16),
-        rows(folder.path(), "b.jsonl", 16..32),
-    );
+    let (a, b) = two_files(folder.path(), 16, 32);
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
     run(&job(Change::Collect, &at("other"), &[&b])).unwrap();
     let block = at("s").join(&Artifact::open(&at("s")).unwrap().header.blocks[1]);
@@ -165,10 +164,7 @@ fn sums_that_are_damaged_are_not_built_upon() {
 fn what_does_not_add_up_is_an_error_and_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..16),
-        rows(folder.path(), "b.jsonl", 16..32),
-    );
+    let (a, b) = two_files(folder.path(), 16, 32);
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
     run(&job(Change::Collect, &at("other"), &[&b])).unwrap();
     let before = all(&at("s"));
@@ -284,10 +280,7 @@ fn token_ids_count_as_often_as_they_come() {
 fn an_interrupted_change_leaves_the_artifact_and_continues() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..16),
-        rows(folder.path(), "b.jsonl", 16..40),
-    );
+    let (a, b) = two_files(folder.path(), 16, 40);
     run(&job(Change::Collect, &at("whole"), &[&a])).unwrap();
     let whole = run(&job(Change::Add, &at("whole"), &[&b])).unwrap();
     run(&job(Change::Collect, &at("parts"), &[&a])).unwrap();
@@ -318,10 +311,7 @@ fn an_interrupted_change_leaves_the_artifact_and_continues() {
 fn a_killed_change_continues_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..16),
-        rows(folder.path(), "b.jsonl", 16..60),
-    );
+    let (a, b) = two_files(folder.path(), 16, 60);
     let command = |name: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantflow"));
         command
@@ -445,10 +435,7 @@ fn solve(job: &job::Job, watch: &Arc<Watch>) -> Result<job::Summary> {
 fn a_changed_recipe_solves_what_it_touches_to_the_bytes_of_a_new_solve() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..24),
-        rows(folder.path(), "b.jsonl", 24..40),
-    );
+    let (a, b) = two_files(folder.path(), 24, 40);
     run(&job(Change::Collect, &at("s"), &[&a])).unwrap();
     let job_of = |name: &str, down_bits: u32| job::Job {
         statistics: Some(Arc::new(Artifact::open(&at("s")).unwrap())),
@@ -541,10 +528,7 @@ fn held_out_error(output: &Path) -> f64 {
 fn held_out_batches_measure_and_choose_the_damping() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..24),
-        rows(folder.path(), "b.jsonl", 24..80),
-    );
+    let (a, b) = two_files(folder.path(), 24, 80);
     let apart = |change, name: &str, files: &[&Path]| Job {
         held_out: if change == Change::Collect { 0.3 } else { 0.0 },
         ..job(change, &at(name), files)

@@ -194,8 +194,9 @@ def warmed(run, a, *layers):
 
 def measure_quantflow(a, part, results):
     """`least`: with the smallest --device-memory, which the refusal of a smaller one names. `half`: with half of what the peers took."""
-    taken = [results[peer].get("smi_bytes") for peer in PEERS if "error" not in results.get(peer, dict(error=""))]
-    if part == "half" and not any(taken):
+    peers = [results[peer] for peer in PEERS if peer in results]
+    taken = [peer["smi_bytes"] for peer in peers if "error" not in peer and peer["smi_bytes"]]
+    if part == "half" and not taken:
         return dict(error="no peer's device memory is known")
 
     def run(model, output):
@@ -210,7 +211,7 @@ def measure_quantflow(a, part, results):
                 return dict(error=f"no smallest --device-memory was named: {refusal[-200:]}")
             command += ["--device-memory", named[1]]
         if part == "half":
-            command += ["--device-memory", min(filter(None, taken)) // 2]
+            command += ["--device-memory", min(taken) // 2]
         return child(command, a)
 
     return warmed(run, a, a.layers)[-1]

@@ -231,7 +231,7 @@ int cuMemAllocFromPoolAsync(uintptr_t *place, size_t bytes, Pool *pool, void *) 
     if (memory == MAP_FAILED) return 2;
     *place = reinterpret_cast<uintptr_t>(memory) + pages.before;
     memset(reinterpret_cast<void *>(*place), 0xff, bytes);
-    mprotect(static_cast<char *>(memory) + pages.all - pages.page, pages.page, PROT_NONE);
+    if (mprotect(static_cast<char *>(memory) + pages.all - pages.page, pages.page, PROT_NONE)) stop("no page can be closed behind a tensor");
     live[*place] = bytes;
     pool_of[*place] = pool;
     pool->used += bytes;

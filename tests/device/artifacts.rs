@@ -2,7 +2,7 @@
 
 use super::placements;
 use crate::quantize::{self, calibrate, run};
-use crate::statistics::{job, rows, run as update, sums};
+use crate::statistics::{job, run as update, sums, two_files};
 use crate::watch::Watch;
 use crate::{allocation, mixtures, reference};
 use candle_core::Tensor;
@@ -25,10 +25,7 @@ use std::sync::Arc;
 fn sums_of_a_device_add_up_and_are_solved_there() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (a, b) = (
-        rows(folder.path(), "a.jsonl", 0..20),
-        rows(folder.path(), "b.jsonl", 20..40),
-    );
+    let (a, b) = two_files(folder.path(), 20, 40);
     let collected = |name: &str, placement: &Placement| {
         let collect = Job {
             held_out: 0.2,
